@@ -1,0 +1,204 @@
+"""From a checked configuration to live objects; shared by the entry points."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from powerflow_lit.callbacks import Checkpoint, Evaluation, Samples, SelfCheck, StepMetrics
+from powerflow_lit.clock import PhaseClock
+from powerflow_lit.config.checks import as_dict
+from powerflow_lit.config.schema import ModelConfig, TrainConfig
+from powerflow_lit.console import RefillProgress
+from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
+from powerflow_lit.evaluation import Decoding, EvaluationSettings
+from powerflow_lit.models.loading import load_model, load_tokenizer, resolve_path
+from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
+from powerflow_lit.rollout.engine import EngineSpec
+from powerflow_lit.tasks.base import Task
+
+
+def build_model(config: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
+    """Policy and tokenizer."""
+    tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        config.path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model, tokenizer
+
+
+def build_engine(
+    engine: dict[str, Any],
+    model: ModelConfig,
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
+    *,
+    max_model_len: int,
+    seed: int,
+) -> RolloutEngine:
+    """The engine of a `rollout=` choice, still without weights."""
+    spec = EngineSpec(
+        policy=policy,
+        model_path=resolve_path(model.path),
+        pad_id=int(tokenizer.pad_token_id),
+        eos_id=int(tokenizer.eos_token_id),
+        max_model_len=max_model_len,
+        seed=seed,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return instantiate(engine)(spec)
+
+
+def build_module(config: TrainConfig, policy: PreTrainedModel) -> PowerFlowModule:
+    """The LightningModule of a training run."""
+    optimizer = config.optimizer
+    return PowerFlowModule(
+        policy=policy,
+        objective=instantiate(config.strategy.objective),
+        log_z=instantiate(config.log_z),
+        alpha=config.alpha,
+        alpha_schedule=instantiate(config.alpha_schedule),
+        format_penalty=config.strategy.format_penalty,
+        calibrate=config.strategy.calibrate,
+        loss_scale=config.strategy.loss_scale,
+        lr=optimizer.lr,
+        log_z_lr=optimizer.log_z_lr,
+        betas=(optimizer.betas[0], optimizer.betas[1]),
+        weight_decay=optimizer.weight_decay,
+        warmup_steps=optimizer.warmup_steps,
+        grad_clip=optimizer.grad_clip,
+        log_z_grad_clip=optimizer.log_z_grad_clip,
+        tokens_per_microbatch=optimizer.tokens_per_microbatch,
+    )
+
+
+def build_datamodule(
+    config: TrainConfig, task: Task, tokenizer: Tokenizer, clock: PhaseClock
+) -> RolloutDataModule:
+    """The data module; it builds the engine when first asked for rollouts."""
+    rollout, buffer = config.rollout, config.buffer
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+
+    def engine(module: PowerFlowModule) -> RolloutEngine:
+        return build_engine(
+            rollout.engine,
+            config.model,
+            module.policy,
+            tokenizer,
+            max_model_len=longest,
+            seed=config.seed,
+        )
+
+    return RolloutDataModule(
+        task=task,
+        tokenizer=tokenizer,
+        engine_factory=engine,
+        buffer=ReplayBuffer(
+            max_staleness=buffer.max_staleness,
+            updates_per_refill=buffer.updates_per_refill,
+            prompts_per_update=buffer.prompts_per_update,
+            seed=config.seed,
+        ),
+        settings=RolloutSettings(
+            prompts_per_refill=rollout.prompts_per_refill,
+            samples_per_prompt=rollout.samples_per_prompt,
+            max_new_tokens=rollout.max_new_tokens,
+            max_prompt_tokens=rollout.max_prompt_tokens,
+            log_p_old=rollout.log_p_old,  # type: ignore[arg-type]
+            logp_gap_trajectories=rollout.logp_gap_trajectories,
+            logp_gap_limit=rollout.logp_gap_limit,
+            tokens_per_microbatch=rollout.tokens_per_microbatch,
+        ),
+        prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
+        seed=config.seed,
+        clock=clock,
+    )
+
+
+def build_callbacks(
+    config: TrainConfig, run_dir: Path, task: Task, clock: PhaseClock
+) -> tuple[Evaluation, list[L.Callback]]:
+    """The evaluation callback, and all callbacks in the order in which they must run."""
+    chosen = config.callbacks
+    evaluation = Evaluation(
+        every_n_refills=chosen.evaluation.every_n_refills,
+        settings=EvaluationSettings(
+            samples_per_prompt=chosen.evaluation.samples_per_prompt,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=chosen.evaluation.seed,
+        ),
+        base_decodings=[
+            Decoding(d.temperature, d.min_p) for d in chosen.evaluation.base_decodings
+        ],
+        clock=clock,
+    )
+    return evaluation, [
+        StepMetrics(clock),
+        evaluation,
+        SelfCheck(
+            every_n_refills=chosen.selfcheck.every_n_refills, prompts=chosen.selfcheck.prompts
+        ),
+        Samples(run_dir, per_refill=chosen.samples.per_refill),
+        RefillProgress(
+            evaluation, every_n_refills=chosen.console.every_n_refills, headline=task.headline
+        ),
+        # last, so that a checkpoint holds what the others logged
+        Checkpoint(run_dir, every_n_refills=chosen.checkpoint.every_n_refills),
+    ]
+
+
+def build_wandb(config: TrainConfig, run_dir: Path) -> Logger:
+    """The W&B logger; the run's id is kept in the run folder, so that a resumed run goes on."""
+    import wandb
+
+    id_file = run_dir / "wandb" / "run_id"
+    if not id_file.exists():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        id_file.write_text(uuid.uuid4().hex[:8])
+    offline = wandb_mode(config.logger.mode) == "offline"
+    return WandbLogger(
+        name=f"{config.strategy.name}_alpha{config.alpha:g}_seed{config.seed}",
+        id=id_file.read_text(),
+        save_dir=str(run_dir),
+        project=config.logger.project,
+        entity=config.logger.entity,
+        offline=offline,
+        group=config.logger.group,
+        job_type=config.strategy.name,
+        tags=list(config.logger.tags),
+        config=dict(as_dict(config)),
+        resume="allow",
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def wandb_mode(mode: str) -> str:
+    """`auto` is online with a key or a login, offline otherwise; WANDB_MODE has the first word."""
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "online" if _has_wandb_login() else "offline")
+    return mode
+
+
+def _has_wandb_login() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,220 @@
+"""What happens beside training: evaluation, self-checks, logging, samples and checkpoints."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from powerflow_lit.clock import PhaseClock
+from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, with_prefix
+from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.rollout.buffer import pack, unpack
+from powerflow_lit.run_folder import append_samples, sample_rows
+from powerflow_lit.types import TrajectoryBatch
+
+
+def log(trainer: L.Trainer, metrics: Mapping[str, float], *, step: int, refill: int) -> None:
+    """The same metrics to every logger: `step` optimizer updates and `refill` refills so far."""
+    for logger in trainer.loggers:
+        logger.log_metrics({**metrics, "refill": refill}, step=step)
+
+
+def _parts(trainer: L.Trainer) -> tuple[PowerFlowModule, RolloutDataModule]:
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(module, PowerFlowModule) and isinstance(data, RolloutDataModule)
+    return module, data
+
+
+def _due(trainer: L.Trainer, every: int) -> bool:
+    done = trainer.current_epoch + 1
+    return done % every == 0 or done == trainer.max_epochs
+
+
+class StepMetrics(Callback):
+    """Logs each update; rollout metrics with a refill's first, timings with its last."""
+
+    def __init__(self, clock: PhaseClock) -> None:
+        self.clock = clock
+        self._start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module, data = _parts(trainer)
+        self.clock.add("update", time.perf_counter() - self._start)
+        metrics = {f"train/{name}": float(v) for name, v in module.step_metrics.items()}
+        metrics["train/alpha"] = module.alpha
+        metrics["train/skipped_steps"] = module.skipped_steps
+        if batch_idx == 0:
+            metrics |= data.refill_metrics
+        if trainer.is_last_batch:
+            metrics |= self._performance(data)
+        log(trainer, metrics, step=trainer.global_step, refill=trainer.current_epoch + 1)
+
+    def _performance(self, data: RolloutDataModule) -> dict[str, float]:
+        lap = self.clock.lap()
+        seconds = {f"perf/{p}_s": lap.get(p, 0.0) for p in ("rollout", "score", "update", "sync")}
+        tokens = sum(t.length for t in data.buffer.newest)
+        return {
+            **seconds,
+            "perf/tokens_per_s": tokens / max(sum(seconds.values()), 1e-9),
+            "perf/peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+
+
+class Evaluation(Callback):
+    """Samples on the evaluation prompts at the start (the base), every few refills, at the end.
+
+    Attributes:
+        base: `val/` metrics of the base at T=1; `base_decodings` by name for other decodings.
+        final: those of the policy when it was last evaluated.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_refills: int,
+        settings: EvaluationSettings,
+        base_decodings: Sequence[Decoding],
+        clock: PhaseClock,
+    ) -> None:
+        self.every_n_refills, self.settings, self.clock = every_n_refills, settings, clock
+        self.decodings = list(base_decodings)
+        self.base: dict[str, float] = {}
+        self.base_decodings: dict[str, dict[str, float]] = {}
+        self.final: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.base or trainer.global_step > 0:
+            return
+        for decoding in self.decodings:
+            self.base_decodings[decoding.name] = self._evaluate(trainer, decoding)
+        self.base = self.final = self._evaluate(trainer, Decoding(1.0))
+        log(trainer, self.base, step=0, refill=0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _due(trainer, self.every_n_refills):
+            self.final = self._evaluate(trainer, Decoding(1.0))
+            refill = trainer.current_epoch + 1
+            log(trainer, self.final, step=trainer.global_step, refill=refill)
+
+    def _evaluate(self, trainer: L.Trainer, decoding: Decoding) -> dict[str, float]:
+        _, data = _parts(trainer)
+        data.sync_engine()
+        prompts = data.task.eval_prompts()
+        total = len(prompts) * (1 if decoding.temperature == 0 else self.settings.samples_per_prompt)
+
+        def report(done: int, tokens: int) -> None:
+            if data.on_progress is not None:
+                data.on_progress(f"evaluation {decoding.name}", done, total, tokens)
+
+        with self.clock("eval"):
+            metrics = evaluate(
+                data.engine,
+                data.tokenizer,
+                data.task,
+                data.encode(prompts),
+                decoding,
+                self.settings,
+                report,
+            )
+        return with_prefix(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base": self.base, "base_decodings": self.base_decodings, "final": self.final}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base, self.final = state_dict["base"], state_dict["final"]
+        self.base_decodings = state_dict["base_decodings"]
+
+
+class SelfCheck(Callback):
+    """Spread of the residual on a fixed set of trajectories drawn from the base.
+
+    A collapsed policy has zero residual on its own samples; only a converged one has it on the
+    base's. The set is the first groups of the first refill, when the policy still was the base.
+    """
+
+    def __init__(self, *, every_n_refills: int, prompts: int) -> None:
+        self.every_n_refills, self.prompts = every_n_refills, prompts
+        self._trajectories: list[dict[str, Any]] = []
+        self._batch: TrajectoryBatch | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module, data = _parts(trainer)
+        if not self._trajectories:
+            groups = sorted({t.group for t in data.buffer.newest})[: self.prompts]
+            self._trajectories = [pack(t) for t in data.buffer.newest if t.group in groups]
+        trajectories = [unpack(t) for t in self._trajectories]
+        self._batch = TrajectoryBatch.collate(trajectories, data.pad_id).to(module.device)
+        if trainer.global_step == 0:
+            log(trainer, self._spread(module), step=0, refill=0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _due(trainer, self.every_n_refills):
+            spread = self._spread(_parts(trainer)[0])
+            log(trainer, spread, step=trainer.global_step, refill=trainer.current_epoch + 1)
+
+    def _spread(self, module: PowerFlowModule) -> dict[str, float]:
+        assert self._batch is not None
+        residual = module.residual(self._batch)
+        return {"selfcheck/residual_std_on_base": float(residual.std(unbiased=False))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trajectories": self._trajectories}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._trajectories = state_dict["trajectories"]
+
+
+class Samples(Callback):
+    """A few rollouts of each refill to samples.jsonl, and to a W&B table at the end."""
+
+    def __init__(self, folder: Path, *, per_refill: int) -> None:
+        self.folder, self.per_refill = folder, per_refill
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _, data = _parts(trainer)
+        newest = data.buffer.newest
+        step = max(len(newest) // max(self.per_refill, 1), 1)
+        chosen = newest[::step][: self.per_refill]
+        append_samples(self.folder, trainer.current_epoch + 1, chosen)
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            rows = sample_rows(trainer.current_epoch + 1, newest)
+            columns = list(rows[0])
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    table = [[row[c] for c in columns] for row in rows]
+                    logger.log_table("samples", columns, table, step=trainer.global_step)
+
+
+class Checkpoint(Callback):
+    """Writes `checkpoints/last.ckpt` aside and renames it, so that one good file always stands."""
+
+    def __init__(self, folder: Path, *, every_n_refills: int) -> None:
+        self.path = folder / "checkpoints" / "last.ckpt"
+        self.every_n_refills = every_n_refills
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _due(trainer, self.every_n_refills):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".ckpt.tmp")
+        trainer.save_checkpoint(aside)
+        if trainer.is_global_zero:
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, self.path)
+

@@ -1,0 +1,123 @@
+"""Refuses a wrong configuration in one line, before any model or engine loads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from powerflow_lit.config.schema import TrainConfig
+
+Schema = TypeVar("Schema")
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot work; the message names value, range and remedy."""
+
+
+def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
+    """The resolved configuration as a typed object.
+
+    Raises:
+        ConfigError: an unknown key (also one forced in with `+`), a wrong type, a missing value.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_object(  # type: ignore[return-value]
+            OmegaConf.merge(OmegaConf.structured(schema), plain)
+        )
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(error, schema)) from error
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def train_config(cfg: DictConfig) -> TrainConfig:
+    """The checked configuration of a training run.
+
+    Raises:
+        ConfigError: see `typed`; also values out of range or in contradiction.
+    """
+    config = typed(cfg, TrainConfig)
+    _check_ranges(config)
+    _check_combinations(config)
+    return config
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    _require(config.alpha > 0, f"alpha={config.alpha}: must be positive (1 is the identity)")
+    _require(
+        0 < config.epsilon < 1, f"epsilon={config.epsilon}: must lie in (0, 1), e.g. epsilon=0.2"
+    )
+    _one_of("model.kind", config.model.kind, ("base", "instruct"))
+    _one_of("model.prompt_route", config.model.prompt_route, ("plain", "chat"))
+    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    _one_of("buffer.log_p_old", config.rollout.log_p_old, ("auto", "engine", "trainer"))
+    _one_of("logger.mode", config.logger.mode, ("auto", "online", "offline"))
+    psi = config.strategy.format_penalty
+    _require(psi <= 0, f"strategy.format_penalty={psi}: a penalty is 0 or negative")
+    at_least_one = {
+        "refills": config.refills,
+        "rollout.prompts_per_refill": config.rollout.prompts_per_refill,
+        "rollout.samples_per_prompt": config.rollout.samples_per_prompt,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "buffer.updates_per_refill": config.buffer.updates_per_refill,
+        "callbacks.evaluation.every_n_refills": config.callbacks.evaluation.every_n_refills,
+        "callbacks.selfcheck.every_n_refills": config.callbacks.selfcheck.every_n_refills,
+        "callbacks.checkpoint.every_n_refills": config.callbacks.checkpoint.every_n_refills,
+        "callbacks.console.every_n_refills": config.callbacks.console.every_n_refills,
+    }
+    for name, value in at_least_one.items():
+        _require(value >= 1, f"{name}={value}: must be 1 or more")
+
+
+def _check_combinations(config: TrainConfig) -> None:
+    prompts, updates = config.rollout.prompts_per_refill, config.buffer.updates_per_refill
+    _require(
+        config.buffer.prompts_per_update is not None or prompts % updates == 0,
+        f"rollout.prompts_per_refill={prompts} is not divisible by "
+        f"buffer.updates_per_refill={updates}: an update holds whole prompt groups",
+    )
+    objective = str(config.strategy.objective.get("_target_", ""))
+    is_rl = objective.endswith("PolicyGradientObjective")
+    _require(
+        not is_rl or config.alpha > 1,
+        f"alpha={config.alpha} with strategy={config.strategy.name}: beta = 1/(alpha-1) must be "
+        "positive, so alpha > 1; for alpha < 1 take a balance strategy",
+    )
+    log_z = str(config.log_z.get("_target_", "")).rpartition(".")[2]
+    needs_group = is_rl or log_z in ("GroupLogZ", "GroupLooLogZ")
+    _require(
+        not needs_group or config.rollout.samples_per_prompt > 1,
+        f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with a baseline from the "
+        "prompt's group: needs 2 or more (or log_z=head)",
+    )
+
+
+def _unknown_key(error: ConfigKeyError, schema: type) -> str:
+    wrong = str(error.full_key or error.key)
+    parent, _, leaf = wrong.rpartition(".")
+    node: Any = OmegaConf.structured(schema)
+    known = list(OmegaConf.select(node, parent).keys()) if parent else list(node.keys())
+    close = difflib.get_close_matches(leaf, [str(k) for k in known], n=1)
+    prefix = f"{parent}." if parent else ""
+    hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(map(str, known))}"
+    return f"unknown key '{wrong}': {hint}"
+
+
+def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+    _require(value in options, f"{name}={value}: choose one of {', '.join(options)}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def as_dict(config: Any) -> Mapping[str, Any]:
+    """A typed configuration as plain containers, for config.yaml."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)  # type: ignore[return-value]

@@ -1,0 +1,146 @@
+"""Names and types of every configuration value; the values and their meaning stand in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    kind: str = MISSING
+    path: str = MISSING
+    prompt_route: str = MISSING
+    dtype: str = MISSING
+    attn_implementation: str = MISSING
+    trust_remote_code: bool = MISSING
+    lr: float = MISSING
+    log_z_lr: float = MISSING
+
+
+@dataclass
+class TaskConfig:
+    name: str = MISSING
+    refills: int = MISSING
+    max_new_tokens: int = MISSING
+    max_prompt_tokens: int = MISSING
+    default_alpha: dict[str, float] = MISSING
+    build: dict[str, Any] = MISSING
+
+
+@dataclass
+class StrategyConfig:
+    name: str = MISSING
+    format_penalty: float = MISSING
+    loss_scale: float = MISSING
+    calibrate: dict[str, Any] = MISSING
+    objective: dict[str, Any] = MISSING
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_refill: int = MISSING
+    samples_per_prompt: int = MISSING
+    max_new_tokens: int = MISSING
+    max_prompt_tokens: int = MISSING
+    log_p_old: str = MISSING
+    logp_gap_trajectories: int = MISSING
+    logp_gap_limit: float = MISSING
+    tokens_per_microbatch: int = MISSING
+    engine: dict[str, Any] = MISSING
+
+
+@dataclass
+class BufferConfig:
+    max_staleness: int = MISSING
+    updates_per_refill: int = MISSING
+    prompts_per_update: int | None = MISSING
+    log_p_old: str = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = MISSING
+    log_z_lr: float = MISSING
+    betas: list[float] = MISSING
+    weight_decay: float = MISSING
+    warmup_steps: int = MISSING
+    grad_clip: float = MISSING
+    log_z_grad_clip: float = MISSING
+    tokens_per_microbatch: int = MISSING
+
+
+@dataclass
+class DecodingConfig:
+    temperature: float = MISSING
+    min_p: float = MISSING
+
+
+@dataclass
+class EvaluationConfig:
+    every_n_refills: int = MISSING
+    samples_per_prompt: int = MISSING
+    seed: int = MISSING
+    base_decodings: list[DecodingConfig] = MISSING
+
+
+@dataclass
+class SelfCheckConfig:
+    every_n_refills: int = MISSING
+    prompts: int = MISSING
+
+
+@dataclass
+class EveryConfig:
+    every_n_refills: int = MISSING
+
+
+@dataclass
+class SamplesConfig:
+    per_refill: int = MISSING
+
+
+@dataclass
+class CallbacksConfig:
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    selfcheck: SelfCheckConfig = field(default_factory=SelfCheckConfig)
+    checkpoint: EveryConfig = field(default_factory=EveryConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    console: EveryConfig = field(default_factory=EveryConfig)
+    export: bool = MISSING
+
+
+@dataclass
+class LoggerConfig:
+    name: str = MISSING
+    project: str = MISSING
+    entity: str | None = MISSING
+    mode: str = MISSING
+    group: str | None = MISSING
+    tags: list[str] = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """`conf/train.yaml` with its groups. Nodes with a `_target_` are checked when built."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    alpha_schedule: dict[str, Any] = MISSING
+    log_z: dict[str, Any] = MISSING
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: dict[str, Any] = MISSING
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    alpha: float = MISSING
+    epsilon: float = MISSING
+    seed: int = MISSING
+    refills: int = MISSING
+    resume: str | None = MISSING
+    run_dir: str = MISSING

@@ -1,0 +1,128 @@
+"""What a person sees: progress while it runs, a line per refill, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+
+from powerflow_lit.callbacks import Evaluation
+from powerflow_lit.datamodule import RolloutDataModule
+
+# columns of a refill's line: (label, metric, format)
+LINE = (
+    ("length", "rollout/length_mean", "5.1f"),
+    ("format", "rollout/format_rate", ".2f"),
+    ("repetition", "rollout/repetition", ".3f"),
+    ("correct", "rollout/accuracy", ".2f"),
+)
+# rows of the final table, where the task reports them
+FINAL = (
+    "pass@1", "avg@", "pass@", "maj@", "quality", "modes@", "unique_valid@", "length_mean",
+    "format_rate", "repetition", "diversity_semantic", "distinct_n",
+)  # fmt: skip
+
+
+class RefillProgress(Callback):
+    """A live bar on a terminal, and one line for every few refills anywhere."""
+
+    def __init__(self, evaluation: Evaluation, *, every_n_refills: int, headline: str) -> None:
+        self.evaluation, self.every_n_refills, self.headline = evaluation, every_n_refills, headline
+        self.console = Console()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase, self._since = "", 0.0
+        self._refill_started = time.perf_counter()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        data.on_progress = self.show
+        if self.console.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), "{task.fields[note]}")
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._task = self._progress.add_task("starting", total=1, note="")
+            self._progress.start()
+
+    def show(self, phase: str, done: int, total: int, tokens: int) -> None:
+        """Progress of a phase: `done` of `total` responses, `tokens` sampled so far."""
+        if self._progress is None or self._task is None:
+            return
+        if phase != self._phase or done <= 1:
+            self._phase, self._since = phase, time.perf_counter()
+        speed = tokens / max(time.perf_counter() - self._since, 1e-3)
+        note = f"{done}/{total}" + (f"  {speed:,.0f} tok/s" if tokens else "")
+        self._progress.update(self._task, description=phase, completed=done, total=total, note=note)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.show("update", trainer.global_step % 10, 10, 0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        refill = trainer.current_epoch + 1
+        if refill % self.every_n_refills and refill != trainer.max_epochs:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, RolloutDataModule)
+        self.console.print(self._line(refill, trainer.max_epochs or 0, data), highlight=False)
+
+    def _line(self, refill: int, refills: int, data: RolloutDataModule) -> str:
+        metrics = data.refill_metrics
+        parts = [f"{name} {metrics[key]:{fmt}}" for name, key, fmt in LINE if key in metrics]
+        now = time.perf_counter()
+        tokens = sum(t.length for t in data.buffer.newest)
+        parts.append(f"{tokens / (now - self._refill_started):,.0f} tok/s")
+        self._refill_started = now
+        if refill % self.evaluation.every_n_refills == 0 or refill == refills:
+            value = self.evaluation.final.get(f"val/{self.headline}")
+            if value is not None:
+                parts.append(f"val {self.headline} {value:.3f}")
+        return f"refill {refill:3d}/{refills}  " + "  ".join(parts)
+
+    def stop(self) -> None:
+        """Take the live bar away; safe to call twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.stop()
+
+
+def final_table(summary: Mapping[str, Any]) -> Table:
+    """Base (every way of decoding it) against the trained policy at T=1."""
+    base, final = summary["base"], summary["final"]
+    title = (
+        f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}"
+        f" alpha={summary['alpha']:g}, {summary['refills']} refills"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("base T=1", justify="right")
+    decodings = summary["base_decodings"]
+    for name in decodings:
+        table.add_column(f"base {name}", justify="right")
+    table.add_column("trained T=1", justify="right", style="bold")
+    for wanted in FINAL:
+        for key in base:
+            name = key.removeprefix("val/")
+            if name == wanted or (wanted.endswith("@") and name.startswith(wanted) and name != "pass@1"):
+                cells = [_cell(m.get(key), name) for m in (base, *decodings.values(), final)]
+                table.add_row(name, *cells)
+    return table
+
+
+def phase_line(summary: Mapping[str, Any]) -> str:
+    """Wall time in all and by phase, in seconds."""
+    phases = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["phases"].items())
+    return f"wall time {summary['wall_s']:.0f} s:  {phases}  ({summary['tokens']:,} tokens sampled)"
+
+
+def _cell(value: float | None, name: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if name == "length_mean" else f"{value:.3f}"

@@ -1,0 +1,317 @@
+"""Rollouts as data: before every epoch the buffer is refilled from the generation engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from powerflow_lit.clock import PhaseClock
+from powerflow_lit.metrics import text
+from powerflow_lit.models.loading import policy_weights
+from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.models.prompting import Route, encode_prompts
+from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
+from powerflow_lit.tasks.base import Task, TaskError, mean
+from powerflow_lit.types import Completion, Prompt, Sampling, TokenBatch, Trajectory, TrajectoryBatch
+
+LogPOld = Literal["auto", "engine", "trainer"]
+EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
+Progress = Callable[[str, int, int, int], None]  # phase, done, total, tokens
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What a refill is; values stand in `conf/rollout/` and `conf/train.yaml`."""
+
+    prompts_per_refill: int
+    samples_per_prompt: int
+    max_new_tokens: int
+    max_prompt_tokens: int
+    log_p_old: LogPOld  # whose behaviour log-probs the buffer keeps
+    logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
+    logp_gap_limit: float  # nats, largest tolerated difference of one token
+    tokens_per_microbatch: int  # of the scoring passes
+
+
+class UpdateLoader:
+    """Iterates over the updates of a refill; its cursor is part of the checkpoint."""
+
+    def __init__(self, updates: Sequence[TrajectoryBatch]) -> None:
+        self._updates = updates
+        self._cursor = 0
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __iter__(self) -> Iterator[TrajectoryBatch]:
+        for i in range(self._cursor, len(self._updates)):
+            self._cursor = i + 1
+            yield self._updates[i]
+        self._cursor = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"cursor": self._cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._cursor = state["cursor"] % max(len(self._updates), 1)
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Refills a replay buffer before each epoch; an epoch is the updates of one refill.
+
+    Lightning calls `train_dataloader` before every epoch (`reload_dataloaders_every_n_epochs=1`),
+    and twice after a resume: a refill already in the buffer is not made again.
+
+    Args:
+        task: prompts and format check; its references are read by the accuracy probe only.
+        engine_factory: builds the engine, once Lightning has set up the devices.
+        prompt_route: `plain` text or `chat` template.
+        seed: of the prompt order and of sampling; refill r depends on (seed, r) alone.
+        clock: where the seconds of rollout, scoring and sync are added up.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        tokenizer: Tokenizer,
+        engine_factory: EngineFactory,
+        buffer: ReplayBuffer,
+        settings: RolloutSettings,
+        prompt_route: Route,
+        seed: int,
+        clock: PhaseClock,
+    ) -> None:
+        super().__init__()
+        self.task, self.tokenizer, self.buffer = task, tokenizer, buffer
+        self.settings, self.seed, self.clock = settings, seed, clock
+        self.prompt_route = prompt_route
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.refill_metrics: dict[str, float] = {}
+        self.tokens_generated = 0
+        self.on_progress: Progress | None = None
+        self._engine_factory = engine_factory
+        self._engine: RolloutEngine | None = None
+        self._prompts, self._prompt_ids = self._usable_prompts(task.train_prompts())
+
+    @property
+    def engine(self) -> RolloutEngine:
+        if self._engine is None:
+            self._engine = self._engine_factory(self._module)
+        return self._engine
+
+    @property
+    def _module(self) -> PowerFlowModule:
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        assert isinstance(module, PowerFlowModule)
+        return module
+
+    def train_dataloader(self) -> UpdateLoader:
+        assert self.trainer is not None
+        if self.buffer.refill != self.trainer.current_epoch:
+            self.refill(self.trainer.current_epoch)
+        return UpdateLoader(self.buffer.updates(self.pad_id))
+
+    def refill(self, index: int) -> None:
+        """Sync the engine, sample, score under the base and store refill `index`.
+
+        Raises:
+            EngineError: engine and trainer disagree on the log-probs of the same tokens.
+        """
+        module, settings = self._module, self.settings
+        self.sync_engine()
+        prompts = self._prompts_of(index)
+        sampling = Sampling(
+            settings.samples_per_prompt,
+            settings.max_new_tokens,
+            seed=random.Random(f"{self.seed}-{index}").randrange(2**31),
+        )
+        total = len(prompts) * settings.samples_per_prompt
+        with self.clock("rollout"):
+            completions = self.engine.generate(
+                [self._prompt_ids[p.id] for p in prompts],
+                sampling,
+                lambda done, tokens: self._report("rollout", done, total, tokens),
+            )
+        with self.clock("score"):
+            trajectories = self._trajectories(prompts, completions, index)
+            trajectories, gap = self._scored(trajectories)
+        self.buffer.add(trajectories, index)
+        if not module.calibration and index == 0:
+            module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
+        self.tokens_generated += sum(t.length for t in trajectories)
+        self.refill_metrics = {**rollout_metrics(trajectories), **gap}
+
+    def sync_engine(self) -> None:
+        """Give the engine the policy's weights, unless it has them."""
+        version = self._module.global_step
+        engine = self.engine
+        if engine.policy_version != version:
+            with self.clock("sync"):
+                engine.sync(policy_weights(self._module.policy), version)
+
+    def close(self) -> None:
+        """Free the engine; safe to call twice."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"buffer": self.buffer.state_dict(), "tokens_generated": self.tokens_generated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.buffer.load_state_dict(state_dict["buffer"])
+        self.tokens_generated = state_dict["tokens_generated"]
+
+    # --- prompts --------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """Token ids of prompts, by the model's route."""
+        encoded = encode_prompts(self.tokenizer, prompts, self.prompt_route)
+        return [encoded[p.id] for p in prompts]
+
+    def _usable_prompts(
+        self, prompts: Sequence[Prompt]
+    ) -> tuple[list[Prompt], dict[int, tuple[int, ...]]]:
+        ids = dict(zip([p.id for p in prompts], self.encode(prompts), strict=True))
+        limit = self.settings.max_prompt_tokens
+        usable = [p for p in prompts if len(ids[p.id]) <= limit]
+        if len(usable) < self.settings.prompts_per_refill:
+            raise TaskError(
+                f"task {self.task.name} has {len(usable)} of {len(prompts)} prompts within "
+                f"{limit} tokens, but a refill takes {self.settings.prompts_per_refill}: lower "
+                "rollout.prompts_per_refill or raise rollout.max_prompt_tokens"
+            )
+        if len(usable) < len(prompts):
+            dropped = len(prompts) - len(usable)
+            print(f"{dropped} of {len(prompts)} prompts are over {limit} tokens: dropped")
+        return usable, ids
+
+    def _prompts_of(self, refill: int) -> list[Prompt]:
+        """The prompts of a refill: shuffled passes over the set, a function of (seed, refill)."""
+        count, size = self.settings.prompts_per_refill, len(self._prompts)
+        chosen = []
+        for position in range(refill * count, (refill + 1) * count):
+            lap, place = divmod(position, size)
+            order = random.Random(f"{self.seed}-lap-{lap}").sample(range(size), size)
+            chosen.append(self._prompts[order[place]])
+        return chosen
+
+    # --- trajectories ---------------------------------------------------------------------------
+
+    def _trajectories(
+        self, prompts: Sequence[Prompt], completions: Sequence[list[Completion]], index: int
+    ) -> list[Trajectory]:
+        none = torch.zeros(0)
+        trajectories = []
+        for number, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+            for completion in group:
+                response = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                trajectories.append(
+                    Trajectory(
+                        prompt=prompt,
+                        group=index * self.settings.prompts_per_refill + number,
+                        prompt_ids=self._prompt_ids[prompt.id],
+                        response_ids=completion.token_ids,
+                        response=response,
+                        truncated=completion.truncated,
+                        formatted=self.task.is_formatted(response),
+                        correct=self.task.is_correct(prompt, response),
+                        policy_version=self.engine.policy_version,
+                        log_p_old=torch.tensor(completion.log_probs),
+                        log_p_base=none,
+                    )
+                )
+        return trajectories
+
+    @torch.no_grad()
+    def _scored(
+        self, trajectories: list[Trajectory]
+    ) -> tuple[list[Trajectory], dict[str, float]]:
+        """With base log-probs, and behaviour log-probs from the engine or the trainer."""
+        log_p_base = self._log_probs(self._module.base, trajectories, "score")
+        few = trajectories[: self.settings.logp_gap_trajectories]
+        ours = self._log_probs(self._module.policy, few)
+        gap = torch.cat([(a - t.log_p_old).abs() for a, t in zip(ours, few, strict=True)])
+        self._refuse_gap(float(gap.max()))
+        mean_length = mean([t.length for t in trajectories])
+        use_engine = self.settings.log_p_old == "engine" or (
+            self.settings.log_p_old == "auto" and float(gap.mean()) * mean_length < 0.01
+        )
+        log_p_old = (
+            [t.log_p_old for t in trajectories]
+            if use_engine
+            else self._log_probs(self._module.policy, trajectories)
+        )
+        scored = [
+            replace(t, log_p_base=b, log_p_old=o)
+            for t, b, o in zip(trajectories, log_p_base, log_p_old, strict=True)
+        ]
+        return scored, {
+            "selfcheck/engine_logp_gap": float(gap.max()),
+            "selfcheck/engine_logp_gap_mean": float(gap.mean()),
+            "rollout/log_p_old_from_engine": float(use_engine),
+        }
+
+    def _log_probs(
+        self, model: Any, trajectories: Sequence[Trajectory], report: str | None = None
+    ) -> list[torch.Tensor]:
+        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        done = 0
+
+        def count(rows_done: int) -> None:
+            nonlocal done
+            done += rows_done
+            if report is not None:
+                self._report(report, done, len(rows), 0)
+
+        batch = TokenBatch.collate(rows, self.pad_id).to(self._module.device)
+        scores = response_scores(
+            model,
+            batch,
+            tokens_per_microbatch=self.settings.tokens_per_microbatch,
+            on_progress=count,
+        )
+        log_prob = scores.log_prob.float().cpu()
+        return [row[: t.length] for row, t in zip(log_prob, trajectories, strict=True)]
+
+    def _refuse_gap(self, gap: float) -> None:
+        if not gap <= self.settings.logp_gap_limit:
+            raise EngineError(
+                f"engine and trainer disagree by {gap:.4f} nats on a token they both scored "
+                f"(limit {self.settings.logp_gap_limit}): the rollouts are not the policy's. "
+                "Check rollout.dtype against model.dtype, or raise rollout.logp_gap_limit"
+            )
+
+    def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(phase, done, total, tokens)
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """`rollout/` metrics of a refill."""
+    lengths = torch.tensor([t.length for t in trajectories], dtype=torch.float64)
+    correct = [t.correct for t in trajectories if t.correct is not None]
+    unique = {(t.group, t.response_ids) for t in trajectories}
+    metrics = {
+        "length_mean": float(lengths.mean()),
+        "length_std": float(lengths.std(unbiased=False)),
+        "truncated_frac": mean([t.truncated for t in trajectories]),
+        "format_rate": mean([t.formatted for t in trajectories]),
+        "repetition": mean([text.repetition(t.response_ids) for t in trajectories]),
+        "unique_frac": len(unique) / len(trajectories),
+        "log_p_base_per_token": float(
+            sum(t.log_p_base.sum() for t in trajectories) / lengths.sum()
+        ),
+    }
+    if correct:
+        metrics["accuracy"] = mean(correct)
+    return {f"rollout/{name}": value for name, value in metrics.items()}

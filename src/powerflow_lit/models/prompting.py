@@ -1,0 +1,52 @@
+"""From a task's prompt to token ids: as bare text for a base model, by template for a chat model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from powerflow_lit.models.loading import ModelError
+from powerflow_lit.types import Prompt
+
+Route = Literal["plain", "chat"]
+
+
+def render(tokenizer: Tokenizer, text: str, route: Route) -> str:
+    """What the model reads: the text and a line break, or one user turn of its chat template.
+
+    Raises:
+        ModelError: `chat` without a chat template.
+    """
+    if route == "plain":
+        return text + "\n"
+    if not tokenizer.chat_template:
+        raise ModelError("this tokenizer has no chat template: set model.prompt_route=plain")
+    turn = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], route: Route
+) -> dict[int, tuple[int, ...]]:
+    """Token ids by prompt id.
+
+    Raises:
+        ModelError: the tokenizer does not know the words of a prompt (a tiny model on a task that
+            it was not made for).
+    """
+    encoded = {}
+    # a chat template writes its own special tokens; bare text gets the tokenizer's usual ones
+    special = route == "plain"
+    for prompt in prompts:
+        text = render(tokenizer, prompt.text, route)
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise ModelError(
+                f"the model's tokenizer does not know the words of prompt {prompt.id} "
+                f"({prompt.text!r}): choose the model that goes with the task "
+                "(task=arithmetic: model=tiny, task=creative: model=tiny_instruct)"
+            )
+        encoded[prompt.id] = tuple(ids)
+    return encoded

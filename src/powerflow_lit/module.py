@@ -1,0 +1,263 @@
+"""PowerFlow as a LightningModule: policy, frozen base and Z' head, with the loss as the step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_constant_schedule_with_warmup
+
+from powerflow_lit.log_z import LogZ, LogZContext
+from powerflow_lit.models.loading import frozen_copy
+from powerflow_lit.models.logprobs import Scores, prompt_states, response_scores
+from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError
+from powerflow_lit.types import TrajectoryBatch
+
+Objective = Callable[..., LossOutput]
+AlphaSchedule = Callable[[float, float], float]  # (alpha, progress in [0, 1]) -> alpha now
+
+
+class PowerFlowModule(L.LightningModule):
+    """Trains a policy towards the alpha-power of its own frozen base.
+
+    Args:
+        policy: causal language model to train; the base is a frozen copy of it as it is now.
+        objective: `(LossInputs, *, alpha, **calibration) -> LossOutput`, see `objectives`. One with
+            `uses_log_z` also offers `mismatch` and `weight`, from which closed forms take log Z.
+        log_z: where log Z comes from; unused where the objective has none.
+        alpha, alpha_schedule: the power, and how it is used over training.
+        format_penalty: psi of a response without the task's format, 0 or negative.
+        calibrate: keyword arguments of the objective, as numbers or as the name of a statistic of
+            the first refill (`length_mean`), which is then kept in the checkpoint.
+        loss_scale: constant factor on the loss (not on what is logged).
+        lr, log_z_lr, betas, weight_decay, warmup_steps: AdamW, policy and head apart.
+        grad_clip, log_z_grad_clip: largest gradient norm of either.
+        tokens_per_microbatch: padded tokens of one forward pass; never changes a gradient.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: PreTrainedModel,
+        objective: Objective,
+        log_z: LogZ,
+        alpha: float,
+        alpha_schedule: AlphaSchedule,
+        format_penalty: float,
+        calibrate: Mapping[str, str | float],
+        loss_scale: float,
+        lr: float,
+        log_z_lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        warmup_steps: int,
+        grad_clip: float,
+        log_z_grad_clip: float,
+        tokens_per_microbatch: int,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        # in a tuple, so that it is neither a submodule, nor a parameter, nor in any checkpoint
+        self._frozen = (frozen_copy(policy),)
+        self.uses_log_z = bool(getattr(objective, "uses_log_z", False))
+        self.log_z = log_z if self.uses_log_z else LogZ()
+        self.log_z.build(policy.config.get_text_config().hidden_size)
+        self.objective = objective
+        self.alpha_value, self.alpha_schedule = alpha, alpha_schedule
+        self.format_penalty = format_penalty
+        self.calibrate_from = dict(calibrate)
+        self.calibration: dict[str, float] = {}
+        self.loss_scale = loss_scale
+        self.lr, self.log_z_lr, self.betas = lr, log_z_lr, betas
+        self.weight_decay, self.warmup_steps = weight_decay, warmup_steps
+        self.grad_clip, self.log_z_grad_clip = grad_clip, log_z_grad_clip
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.step_metrics: dict[str, Tensor] = {}
+        self.skipped_steps = 0
+        # the base lives outside the module tree, so strict loading must not miss it
+        self.strict_loading = False
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The frozen base, p_base."""
+        return self._frozen[0]
+
+    @property
+    def alpha(self) -> float:
+        """alpha at this point of training."""
+        epochs = self.trainer.max_epochs if self._trainer is not None else 0
+        return self.alpha_schedule(self.alpha_value, self.current_epoch / max(epochs or 0, 1))
+
+    # --- the method -----------------------------------------------------------------------------
+
+    def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor | None:
+        scores = self.policy_scores(batch)  # log pi_theta, with gradient
+        inputs = self.loss_inputs(batch, scores.log_prob)
+        inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
+        try:
+            output = self.objective(inputs, alpha=self.alpha, **self.calibration)
+        except NonFiniteInputError as error:
+            return self._skip_step(str(error))
+        self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
+        self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
+        return self.loss_scale * output.loss
+
+    def policy_scores(self, batch: TrajectoryBatch) -> Scores:
+        """Log-probs of the responses under the policy; prompt states too if the head reads them."""
+        pool = self.log_z.pool if self.log_z.source == "policy" else None
+        return response_scores(
+            self.policy, batch.tokens, tokens_per_microbatch=self.tokens_per_microbatch, pool=pool
+        )
+
+    def loss_inputs(self, batch: TrajectoryBatch, log_pf: Tensor) -> LossInputs:
+        """The objective's inputs, log Z still 0. log_pf (N, T) nats."""
+        return LossInputs(
+            log_pf=log_pf,
+            log_p_base=batch.log_p_base,
+            log_p_old=batch.log_p_old,
+            mask=batch.tokens.mask,
+            log_z=log_pf.new_zeros(len(log_pf)),
+            format_penalty=log_pf.new_tensor(self.format_penalty) * ~batch.formatted,
+            prompt_index=batch.prompt_index,
+        )
+
+    def estimate_log_z(self, inputs: LossInputs, batch: TrajectoryBatch, scores: Scores) -> Tensor:
+        """log Z of each trajectory's prompt, (N,) nats; zeros where the objective has none."""
+        if not self.uses_log_z:
+            return inputs.log_z
+        mismatch, weight = self.mismatch_and_weight(inputs)
+        state = scores.prompt_state
+        if self.log_z.source == "base":
+            assert self.log_z.pool is not None
+            with torch.no_grad():
+                state = prompt_states(self.base, batch.tokens, self.log_z.pool)
+        return self.log_z(
+            LogZContext(mismatch, weight, inputs.prompt_index, batch.prompt_id, state)
+        )
+
+    @torch.no_grad()
+    def mismatch_and_weight(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        """The objective's residual without log Z and its importance weights, (N,) each."""
+        objective: Any = self.objective
+        mismatch = objective.mismatch(inputs, alpha=self.alpha, **self.calibration)
+        return mismatch, objective.weight(inputs).value
+
+    @torch.no_grad()
+    def calibrate(self, first_refill: TrajectoryBatch) -> None:
+        """Fix what the strategy takes from the first refill: its constants and log Z's start.
+
+        The first refill is on-policy, so that the behaviour log-probs are the policy's own.
+        """
+        statistics = {"length_mean": first_refill.tokens.response_lengths.float().mean().item()}
+        self.calibration = {
+            name: statistics[value] if isinstance(value, str) else float(value)
+            for name, value in self.calibrate_from.items()
+        }
+        if self.uses_log_z:
+            inputs = self.loss_inputs(first_refill, first_refill.log_p_old)
+            mismatch, weight = self.mismatch_and_weight(inputs)
+            self.log_z.initialise(-float((weight * mismatch).sum() / weight.sum()))
+
+    @torch.no_grad()
+    def residual(self, batch: TrajectoryBatch) -> Tensor:
+        """Residuals of given trajectories under the policy as it is now, (N,), for self-checks."""
+        scores = self.policy_scores(batch)
+        # judged at their own merit: no importance weight between the policy and whoever drew them
+        inputs = replace(self.loss_inputs(batch, scores.log_prob), log_p_old=scores.log_prob)
+        inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
+        return self.objective(inputs, alpha=self.alpha, **self.calibration).residual
+
+    # --- optimisation ---------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        policy, head = list(self.policy.parameters()), list(self.log_z.parameters())
+        groups = [{"params": policy, "lr": self.lr, "weight_decay": self.weight_decay}]
+        if head:
+            groups.append({"params": head, "lr": self.log_z_lr, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, betas=self.betas)
+        warmup = get_constant_schedule_with_warmup(optimizer, self.warmup_steps).lr_lambdas[0]
+        hold = self.log_z.warmup_steps
+        lambdas = [lambda step: 0.0 if step < hold else warmup(step - hold + 1), lambda step: 1.0]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas[: len(groups)])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip policy and head apart; a non-finite gradient skips the step."""
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)
+        head_norm = nn.utils.clip_grad_norm_(self.log_z.parameters(), self.log_z_grad_clip)
+        self.step_metrics["grad_norm"] = norm
+        self.step_metrics["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        if not bool(torch.isfinite(norm + head_norm)):
+            optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
+            self._skip_step(f"the gradient norm is {float(norm + head_norm)}")
+
+    def _skip_step(self, why: str) -> None:
+        self.skipped_steps += 1
+        self.print(f"update {self.global_step + 1} skipped: {why}")
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.base.to(self.device)
+
+    def transfer_batch_to_device(
+        self, batch: TrajectoryBatch, device: torch.device, dataloader_idx: int
+    ) -> TrajectoryBatch:
+        return batch.to(device)
+
+    def on_train_epoch_start(self) -> None:
+        self.policy.eval()  # no dropout: log-probs must be those of the sampled policy
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["powerflow"] = {
+            "calibration": dict(self.calibration),
+            "skipped_steps": self.skipped_steps,
+            "random_state": _random_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["powerflow"]
+        self.calibration = dict(state["calibration"])
+        self.skipped_steps = state["skipped_steps"]
+        self._random_state_to_restore = state["random_state"]
+
+    def on_train_start(self) -> None:
+        state = getattr(self, "_random_state_to_restore", None)
+        if state is not None:
+            _restore_random_state(state)
+
+
+def _random_state() -> dict[str, Any]:
+    """All random states as plain numbers, lists and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

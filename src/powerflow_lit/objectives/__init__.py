@@ -1,0 +1,46 @@
+"""The paper's objectives as pure functions; one place for each equation."""
+
+from powerflow_lit.objectives.balance import (
+    BalanceObjective,
+    balance_loss,
+    la_tb,
+    la_tb_mismatch,
+    powerflow,
+    tb_token,
+    tb_token_mismatch,
+    tb_traj,
+    tb_traj_mismatch,
+    token_variance,
+)
+from powerflow_lit.objectives.inputs import (
+    LossInputs,
+    LossOutput,
+    NonFiniteInputError,
+    ObjectiveError,
+)
+from powerflow_lit.objectives.log_z import group_log_z, leave_one_out_log_z
+from powerflow_lit.objectives.policy_gradient import PolicyGradientObjective, rl_token, rl_traj
+from powerflow_lit.objectives.weights import ImportanceWeight
+
+__all__ = [
+    "BalanceObjective",
+    "ImportanceWeight",
+    "LossInputs",
+    "LossOutput",
+    "NonFiniteInputError",
+    "ObjectiveError",
+    "PolicyGradientObjective",
+    "balance_loss",
+    "group_log_z",
+    "la_tb",
+    "la_tb_mismatch",
+    "leave_one_out_log_z",
+    "powerflow",
+    "rl_token",
+    "rl_traj",
+    "tb_token",
+    "tb_token_mismatch",
+    "tb_traj",
+    "tb_traj_mismatch",
+    "token_variance",
+]

@@ -1,0 +1,127 @@
+"""What an objective is given and what it returns, and the checks that refuse bad input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class ObjectiveError(ValueError):
+    """An objective was given values outside its domain; the message names value and remedy."""
+
+
+class NonFiniteInputError(ObjectiveError):
+    """A log-prob, log Z or penalty that counts (inside the mask) is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Everything an objective sees. N trajectories, padded to T response tokens."""
+
+    log_pf: Tensor  # (N, T) float  log pi_theta(y_t | q, y_<t), nats; carries the gradient
+    log_p_base: Tensor  # (N, T) float  the same under the frozen base
+    log_p_old: Tensor  # (N, T) float  the same under the behaviour policy
+    mask: Tensor  # (N, T) bool  response tokens, end-of-sequence included
+    log_z: Tensor  # (N,) float  log Z(q) or log Z'(q); may carry the gradient
+    format_penalty: Tensor  # (N,) float  psi(y) <= 0
+    prompt_index: Tensor  # (N,) long  equal for rollouts of one prompt
+
+    def __post_init__(self) -> None:
+        shape = self.mask.shape
+        if self.mask.dtype != torch.bool or len(shape) != 2:
+            raise ObjectiveError(f"mask must be bool (N, T), got {self.mask.dtype} {tuple(shape)}")
+        for name in ("log_pf", "log_p_base", "log_p_old"):
+            if getattr(self, name).shape != shape:
+                raise ObjectiveError(
+                    f"{name} has shape {tuple(getattr(self, name).shape)}, mask {tuple(shape)}"
+                )
+        for name in ("log_z", "format_penalty", "prompt_index"):
+            if getattr(self, name).shape != shape[:1]:
+                raise ObjectiveError(
+                    f"{name} has shape {tuple(getattr(self, name).shape)}, expected ({shape[0]},)"
+                )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss and what to log; `residual` is detached, for self-checks."""
+
+    loss: Tensor  # () mean over the N trajectories, no hidden scale
+    metrics: dict[str, Tensor]  # () each; keys are the contract's, without the "train/" prefix
+    residual: Tensor  # (N,) nats (TB-traj, TB-token, RL) or nats per token (LA-TB)
+
+
+def checked(inputs: LossInputs) -> LossInputs:
+    """The inputs in at least float32, after refusing what no objective can use.
+
+    Raises:
+        ObjectiveError: no trajectory, a trajectory without response tokens, a positive penalty.
+        NonFiniteInputError: NaN or infinity where the mask is set (padding may hold anything).
+    """
+    if inputs.mask.shape[0] == 0:
+        raise ObjectiveError("no trajectories: the update is empty; check prompts_per_refill")
+    lengths = inputs.mask.sum(1)
+    if bool((lengths == 0).any()):
+        rows = torch.nonzero(lengths == 0).flatten().tolist()
+        raise ObjectiveError(
+            f"trajectories {rows[:8]} have an empty mask: every response holds at least its "
+            "end-of-sequence token; drop them before the update"
+        )
+    per_token = {n: getattr(inputs, n) for n in ("log_pf", "log_p_base", "log_p_old")}
+    for name, value in per_token.items():
+        bad = ~torch.isfinite(value) & inputs.mask
+        if bool(bad.any()):
+            row, column = torch.nonzero(bad)[0].tolist()
+            raise NonFiniteInputError(
+                f"{name} is {value[row, column].item()} at trajectory {row}, token {column} "
+                f"({int(bad.sum())} such tokens): skip this update, or lower the learning rate"
+            )
+    for name in ("log_z", "format_penalty"):
+        value = getattr(inputs, name)
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteInputError(f"{name} holds a NaN or an infinity: {value.tolist()[:8]}")
+    if bool((inputs.format_penalty > 0).any()):
+        worst = inputs.format_penalty.max().item()
+        raise ObjectiveError(
+            f"format_penalty is {worst}, but psi(y) is a penalty: it must be 0 or negative"
+        )
+    return LossInputs(
+        log_pf=_wide(inputs.log_pf),
+        log_p_base=_wide(inputs.log_p_base),
+        log_p_old=_wide(inputs.log_p_old),
+        mask=inputs.mask,
+        log_z=_wide(inputs.log_z),
+        format_penalty=_wide(inputs.format_penalty),
+        prompt_index=inputs.prompt_index,
+    )
+
+
+def check_alpha(alpha: float, above: float = 0.0, why: str = "the power of p_base") -> None:
+    """Raises ObjectiveError unless alpha is a finite number greater than `above`."""
+    if not (above < alpha < float("inf")):
+        raise ObjectiveError(f"alpha={alpha}: {why} needs alpha > {above:g}; set alpha=")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raises ObjectiveError unless epsilon lies in (0, 1)."""
+    if not (0.0 < epsilon < 1.0):
+        raise ObjectiveError(
+            f"epsilon={epsilon}: the clip range of eq. 10 must lie strictly between 0 and 1; "
+            "the default is epsilon=0.2"
+        )
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over response tokens, (N, T) -> (N,); padding is excluded, whatever it holds."""
+    return torch.where(mask, x, torch.zeros_like(x)).sum(1)
+
+
+def lengths(mask: Tensor) -> Tensor:
+    """|y| in tokens, (N, T) bool -> (N,) float64 or float32 friendly counts."""
+    return mask.sum(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

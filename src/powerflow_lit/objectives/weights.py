@@ -1,0 +1,98 @@
+"""Importance weights of off-policy trajectories (eq. 10 and its alternatives)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from powerflow_lit.objectives.inputs import (
+    LossInputs,
+    ObjectiveError,
+    check_epsilon,
+    lengths,
+    masked_sum,
+)
+
+WeightKind = Literal["none", "seq_sum", "seq_geo", "token"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Detached importance weights and the raw ratios they came from."""
+
+    value: Tensor  # (N,) what multiplies the loss of a trajectory
+    log_ratio: Tensor  # (N,) raw log pi_theta(y) / pi_old(y) at the kind's scale, nats
+    clipped: Tensor  # (N,) float  share of the trajectory's ratios that were clipped
+
+
+@dataclass(frozen=True)
+class ImportanceWeight:
+    """How far off-policy a trajectory counts.
+
+    Attributes:
+        kind: `seq_sum` is eq. 10, w = clip(prod_t pi_theta/pi_old, 1-eps_low, 1+eps_high);
+            `seq_geo` takes the geometric mean of the token ratios (GSPO); `token` the mean of
+            clipped token ratios; `none` is 1.
+        epsilon_low, epsilon_high: clip range; None leaves that side open (epsilon_high alone is
+            truncated importance sampling).
+    """
+
+    kind: WeightKind
+    epsilon_low: float | None
+    epsilon_high: float | None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(WeightKind):
+            raise ObjectiveError(f"weight kind '{self.kind}': choose one of {get_args(WeightKind)}")
+        if self.epsilon_low is not None:
+            check_epsilon(self.epsilon_low)
+        if self.epsilon_high is not None and not self.epsilon_high > 0:
+            raise ObjectiveError(f"epsilon_high={self.epsilon_high} must be positive, or null")
+
+    @torch.no_grad()
+    def __call__(self, inputs: LossInputs) -> Weights:
+        log_ratio = (inputs.log_pf - inputs.log_p_old).detach()  # (N, T)
+        summed = masked_sum(log_ratio, inputs.mask)  # (N,)
+        length = lengths(inputs.mask).to(summed.dtype)
+        if self.kind == "none":
+            return Weights(torch.ones_like(summed), summed, torch.zeros_like(summed))
+        if self.kind == "token":
+            value, clipped = self._clip(log_ratio)
+            mean = masked_sum(value, inputs.mask) / length
+            share = masked_sum(clipped, inputs.mask) / length
+            return Weights(mean, summed, share)
+        raw = summed if self.kind == "seq_sum" else summed / length
+        value, clipped = self._clip(raw)
+        return Weights(value, raw, clipped)
+
+    def _clip(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        # clipped as logarithms: exp of a summed ratio overflows long before it is clipped
+        low = -math.inf if self.epsilon_low is None else math.log1p(-self.epsilon_low)
+        high = math.inf if self.epsilon_high is None else math.log1p(self.epsilon_high)
+        outside = (log_ratio < low) | (log_ratio > high)
+        return log_ratio.clamp(low, high).exp(), outside.to(log_ratio.dtype)
+
+
+def weight_metrics(weights: Weights) -> dict[str, Tensor]:
+    """Applied weights, raw log-ratio quantiles (nats), clip fraction, effective sample size.
+
+    `ess` is that of the raw ratios, (sum r)^2 / (N sum r^2), in (0, 1].
+    """
+    log_ratio, value = weights.log_ratio, weights.value
+    quantiles = torch.quantile(log_ratio, log_ratio.new_tensor([0.05, 0.5, 0.95]))
+    log_n = math.log(log_ratio.shape[0])
+    ess = 2 * torch.logsumexp(log_ratio, 0) - torch.logsumexp(2 * log_ratio, 0) - log_n
+    return {
+        "is_weight_mean": value.mean(),
+        "is_weight_min": value.min(),
+        "is_weight_max": value.max(),
+        "is_clip_frac": weights.clipped.mean(),
+        "is_log_ratio_q05": quantiles[0],
+        "is_log_ratio_q50": quantiles[1],
+        "is_log_ratio_q95": quantiles[2],
+        "ess": ess.exp(),
+    }

@@ -1,0 +1,76 @@
+"""Finding what a run can be resumed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from powerflow_lit.config.checks import ConfigError, as_dict
+from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.run_folder import read_summary
+
+# what may differ between a run and its continuation
+NOT_IDENTITY = ("run_dir", "resume", "logger", "callbacks")
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint and how far it had come."""
+
+    path: Path
+    progress: tuple[int, int]  # optimizer updates, refills
+
+
+def checkpoint_of(run_dir: Path) -> ResumePoint | None:
+    """The last checkpoint of a run folder, or None if the run had not come that far."""
+    path = run_dir / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return ResumePoint(path, (state["global_step"], state["epoch"] + 1))
+
+
+def expand_resume(arguments: Sequence[str]) -> list[str]:
+    """`resume=<run folder>` brings along what was typed for that run, and its folder.
+
+    Raises:
+        SystemExit: the folder is not a run's.
+    """
+    arguments = list(arguments)
+    chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    if not chosen or chosen[-1] in ("auto", "null", ""):
+        return arguments
+    typed = Path(chosen[-1]) / "overrides.yaml"
+    if not typed.exists():
+        raise SystemExit(f"error: resume={chosen[-1]}: no run folder there (no overrides.yaml)")
+    before = [a for a in yaml.safe_load(typed.read_text()) if not a.startswith("run_dir=")]
+    return [*before, f"run_dir={chosen[-1]}", *arguments]
+
+
+def find_unfinished(config: TrainConfig) -> Path | None:
+    """For `resume=auto`: the given run_dir if it holds a run, else the newest unfinished twin."""
+    given = Path(config.run_dir)
+    if (given / "config.yaml").exists():
+        return given
+    wanted = config_hash(as_dict(config))
+    twins = [
+        path.parent
+        for path in given.parent.glob("*/config.yaml")
+        if config_hash(yaml.safe_load(path.read_text())) == wanted
+        and (read_summary(path.parent) or {}).get("status") != "finished"
+    ]
+    return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def config_hash(config: object) -> str:
+    """Equal for runs that would do the same, whatever their folder and logging."""
+    if not isinstance(config, dict):
+        raise ConfigError("a configuration must be a mapping")
+    identity = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,131 @@
+"""The replay buffer: whole prompt groups of trajectories, bounded in staleness, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from powerflow_lit.types import Prompt, Trajectory, TrajectoryBatch
+
+
+class ReplayBuffer:
+    """Keeps the trajectories of the last `max_staleness + 1` refills and deals out updates.
+
+    Args:
+        max_staleness: refills that a trajectory may outlive its own (0: on-policy data only).
+        updates_per_refill: optimizer updates between two refills.
+        prompts_per_update: prompt groups in an update; None deals each refill out exactly once.
+        seed: of the order in which groups are dealt.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_staleness: int,
+        updates_per_refill: int,
+        prompts_per_update: int | None,
+        seed: int,
+    ) -> None:
+        self.max_staleness = max_staleness
+        self.updates_per_refill = updates_per_refill
+        self.prompts_per_update = prompts_per_update
+        self.seed = seed
+        self.refill = -1  # index of the newest refill held
+        self._refills: dict[int, list[Trajectory]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._refills.values()))
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        """Oldest refill first."""
+        for refill in sorted(self._refills):
+            yield from self._refills[refill]
+
+    @property
+    def newest(self) -> Sequence[Trajectory]:
+        """The trajectories of the last refill."""
+        return self._refills.get(self.refill, [])
+
+    def add(self, trajectories: Sequence[Trajectory], refill: int) -> None:
+        """Store a refill and evict those that became too stale.
+
+        Raises:
+            ValueError: refills must come in order.
+        """
+        if refill <= self.refill:
+            raise ValueError(f"refill {refill} after refill {self.refill}")
+        self.refill = refill
+        self._refills[refill] = list(trajectories)
+        for old in [r for r in self._refills if r < refill - self.max_staleness]:
+            del self._refills[old]
+
+    def updates(self, pad_id: int) -> list[TrajectoryBatch]:
+        """The updates until the next refill, each of whole prompt groups, in a seeded order.
+
+        Groups are dealt without repetition until all were used, then shuffled anew.
+
+        Raises:
+            ValueError: the buffer is empty, or an update would be.
+        """
+        groups: dict[int, list[Trajectory]] = {}
+        for trajectory in self:
+            groups.setdefault(trajectory.group, []).append(trajectory)
+        if not groups:
+            raise ValueError("the replay buffer is empty: refill it before training")
+        newest = len({t.group for t in self.newest})
+        per_update = self.prompts_per_update or newest // self.updates_per_refill
+        if per_update < 1:
+            raise ValueError(
+                f"{newest} prompt groups cannot feed {self.updates_per_refill} updates: "
+                "raise prompts_per_refill or lower buffer.updates_per_refill"
+            )
+        deal = self._deal(list(groups), per_update * self.updates_per_refill)
+        return [
+            TrajectoryBatch.collate(
+                [t for g in deal[i * per_update : (i + 1) * per_update] for t in groups[g]], pad_id
+            )
+            for i in range(self.updates_per_refill)
+        ]
+
+    def _deal(self, groups: list[int], count: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.refill)
+        dealt: list[int] = []
+        while len(dealt) < count:
+            order = torch.randperm(len(groups), generator=generator).tolist()
+            dealt += [groups[i] for i in order]
+        return dealt[:count]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings and lists only, so that it loads with `weights_only=True`."""
+        return {
+            "refill": self.refill,
+            "refills": {r: [pack(t) for t in ts] for r, ts in self._refills.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.refill = state["refill"]
+        self._refills = {r: [unpack(t) for t in ts] for r, ts in state["refills"].items()}
+
+
+def pack(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory as plain values and tensors, for checkpoints."""
+    prompt = trajectory.prompt
+    fields = {name: getattr(trajectory, name) for name in trajectory.__dataclass_fields__}
+    fields["prompt"] = [prompt.id, prompt.text, prompt.reference]
+    fields["prompt_ids"] = list(trajectory.prompt_ids)
+    fields["response_ids"] = list(trajectory.response_ids)
+    return fields
+
+
+def unpack(state: dict[str, Any]) -> Trajectory:
+    """The trajectory that `pack` took apart."""
+    return Trajectory(
+        **{
+            **state,
+            "prompt": Prompt(*state["prompt"]),
+            "prompt_ids": tuple(state["prompt_ids"]),
+            "response_ids": tuple(state["response_ids"]),
+        }
+    )

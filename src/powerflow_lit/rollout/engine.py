@@ -1,0 +1,79 @@
+"""What the rest of the project knows of a generation engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from powerflow_lit.types import Completion, Sampling
+
+
+class EngineError(RuntimeError):
+    """The engine cannot do what was asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine must know of the policy that it samples from."""
+
+    policy: PreTrainedModel
+    model_path: str  # folder or hub id whose config shapes the engine
+    pad_id: int
+    eos_id: int  # the token that ends a response
+    max_model_len: int  # prompt and response, tokens
+    seed: int
+    trust_remote_code: bool
+
+
+class RolloutEngine(Protocol):
+    """Samples responses from a copy of the policy that `sync` brings up to date."""
+
+    name: str
+    policy_version: int  # of the weights it holds; -1 before the first sync
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        """Replace all weights. `weights` is the policy's whole state dict.
+
+        Raises:
+            EngineError: a name is missing or unknown, or a tensor is not finite.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """`samples_per_prompt` completions for each prompt's token ids, reproducible by seed.
+
+        `on_progress(responses finished, tokens so far)` is called as the work goes on.
+        """
+        ...
+
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probs (nats) of given responses after given prompts, one list a row."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine; safe to call twice."""
+        ...
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: set[str]) -> None:
+    """Refuse a partial or non-finite set of weights before any of it reaches an engine.
+
+    Raises:
+        EngineError: names the first missing, unknown or non-finite tensor.
+    """
+    if missing := expected - weights.keys():
+        raise EngineError(f"sync refused: {len(missing)} weights missing, e.g. {min(missing)}")
+    if unknown := weights.keys() - expected:
+        raise EngineError(f"sync refused: {len(unknown)} unknown weights, e.g. {min(unknown)}")
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise EngineError(f"sync refused: {name} holds NaN or infinity")

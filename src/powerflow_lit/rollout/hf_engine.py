@@ -1,0 +1,116 @@
+"""Portable rollouts with `transformers`' own `generate`: slower than vLLM, runs anywhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
+from powerflow_lit.types import Completion, Sampling, TokenBatch
+
+
+class HfEngine:
+    """Samples from its own copy of the policy; same interface and results as `VllmEngine`.
+
+    Args:
+        spec: the policy, whose architecture is copied; `sync` brings the weights.
+        sequences_per_batch: responses decoded at once.
+        tokens_per_microbatch: budget of the scoring pass that yields the log-probs.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        sequences_per_batch: int,
+        tokens_per_microbatch: int,
+    ) -> None:
+        self._model = copy.deepcopy(spec.policy).eval().requires_grad_(False)
+        self._pad_id, self._eos_id = spec.pad_id, spec.eos_id
+        self._sequences_per_batch = sequences_per_batch
+        self._tokens_per_microbatch = tokens_per_microbatch
+        self.policy_version = -1
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        check_weights(weights, set(self._model.state_dict()))
+        self._model.load_state_dict(weights)
+        self.policy_version = policy_version
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        if self.policy_version < 0:
+            raise EngineError("generate before the first sync")
+        rows = [list(p) for p in prompts for _ in range(sampling.samples_per_prompt)]
+        completions: list[Completion] = []
+        tokens = 0
+        devices = [self._model.device] if self._model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(sampling.seed)
+            for start in range(0, len(rows), self._sequences_per_batch):
+                batch = self._generate(rows[start : start + self._sequences_per_batch], sampling)
+                completions += batch
+                tokens += sum(len(c.token_ids) for c in batch)
+                if on_progress is not None:
+                    on_progress(len(completions), tokens)
+        n = sampling.samples_per_prompt
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        batch = TokenBatch.collate(rows, self._pad_id).to(self._model.device)
+        with torch.no_grad():
+            scores = response_scores(
+                self._model, batch, tokens_per_microbatch=self._tokens_per_microbatch
+            )
+        return [
+            row[: len(response)].tolist()
+            for row, (_, response) in zip(scores.log_prob.cpu(), rows, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Nothing to free beyond the copy itself."""
+
+    def _generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._pad_id)
+        attention = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # left padding, as generate wants it
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention[row, width - len(prompt) :] = 1
+        greedy = sampling.temperature == 0
+        config = GenerationConfig(
+            do_sample=not greedy,
+            temperature=None if greedy else sampling.temperature,
+            top_p=None if greedy else sampling.top_p,
+            top_k=None if greedy else 0,
+            min_p=None if greedy or sampling.min_p == 0 else sampling.min_p,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=self._pad_id,
+            eos_token_id=self._eos_id,
+        )
+        output = self._model.generate(
+            ids.to(self._model.device),
+            attention_mask=attention.to(self._model.device),
+            generation_config=config,
+        )
+        responses = [self._cut(row) for row in output[:, width:].tolist()]
+        # generate's own scores are (T, N, V): a second pass needs far less memory
+        scores = self.score(list(zip(prompts, responses, strict=True)))
+        return [
+            Completion(tuple(ids), tuple(scores[i]), truncated=ids[-1] != self._eos_id)
+            for i, ids in enumerate(responses)
+        ]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        return ids[: ids.index(self._eos_id) + 1] if self._eos_id in ids else ids

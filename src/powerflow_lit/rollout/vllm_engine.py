@@ -1,0 +1,220 @@
+"""Rollouts from an in-process vLLM engine. The one file that imports vllm."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from powerflow_lit.models.loading import policy_weights
+from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
+from powerflow_lit.types import Completion, Sampling
+
+# Requests of one prompt take seeds s, s+1, ...: prompts must be further apart than that.
+SEED_STRIDE = 4096
+
+
+@contextmanager
+def trainer_state_kept() -> Iterator[None]:
+    """Undo what vLLM does to its host process: random state, threads and environment.
+
+    Building the engine reseeds torch, numpy and random, and even seeded requests consume the
+    global torch generator; on the CPU `torch.set_num_threads` is replaced by a no-op.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    kept = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        torch.set_num_threads = set_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class VllmEngine:
+    """A vLLM engine in the trainer's process, its weights replaced in place by `sync`.
+
+    The engine starts with random weights and must be synced before it generates: a model with
+    tied embeddings is built untied, because vLLM's in-place reload leaves a tied `lm_head` stale.
+
+    Args:
+        spec: the policy that it samples from.
+        dtype: `float32` (CPU), `bfloat16` (GPU).
+        max_num_seqs: sequences decoded at once.
+        kv_cache_gb: key-value cache on the CPU, GB; on a GPU `gpu_memory_utilization` counts.
+        enforce_eager: no compilation or CUDA graphs.
+        extra: further `vllm.LLM` arguments.
+
+    Raises:
+        EngineError: vLLM is not installed or refuses the model.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        dtype: str,
+        max_num_seqs: int,
+        kv_cache_gb: int,
+        gpu_memory_utilization: float,
+        enforce_eager: bool,
+        extra: Mapping[str, Any],
+    ) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gb))
+        arguments = {
+            "model": spec.model_path,
+            "skip_tokenizer_init": True,
+            "load_format": "dummy",
+            "hf_overrides": {"tie_word_embeddings": False},
+            "max_model_len": spec.max_model_len,
+            "seed": spec.seed,
+            "dtype": dtype,
+            "max_num_seqs": max_num_seqs,
+            "enforce_eager": enforce_eager,
+            "trust_remote_code": spec.trust_remote_code,
+            "disable_log_stats": True,
+            "generation_config": "vllm",
+            **extra,
+        }
+        if torch.cuda.is_available():
+            arguments.setdefault("gpu_memory_utilization", gpu_memory_utilization)
+        else:
+            # vLLM 0.32 on the CPU fails on a seeded request whose prompt is prefilled in chunks
+            # ("CPU Generator does not use offset")
+            arguments.setdefault("enable_chunked_prefill", False)
+            arguments.setdefault("max_num_batched_tokens", max(8192, spec.max_model_len))
+        with trainer_state_kept():
+            try:
+                import vllm
+            except ImportError as error:
+                raise EngineError(
+                    f"rollout=vllm needs vLLM, which does not import here ({error}): run "
+                    "`make install`, or `pip install .[vllm]` on a CUDA machine, or set rollout=hf"
+                ) from error
+            self._vllm: Any = vllm
+            self._llm: Any = vllm.LLM(**arguments)
+        self.policy_version = -1
+        self._weight_names = set(policy_weights(spec.policy))
+        self._eos_id = spec.eos_id
+        self._requests = 0
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        check_weights(weights, self._weight_names)
+        with trainer_state_kept():
+            iterator = iter([(name, tensor.detach()) for name, tensor in weights.items()])
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+            self._llm.reset_prefix_cache()  # its keys and values are the old weights'
+        self.policy_version = policy_version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        requests = [
+            (
+                list(prompt),
+                self._vllm.SamplingParams(
+                    n=sampling.samples_per_prompt,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    min_p=sampling.min_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=sampling.seed + SEED_STRIDE * index,
+                    stop_token_ids=[self._eos_id],
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        results = self._run(requests, on_progress)
+        return [[_completion(output) for output in result.outputs] for result in results]
+
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        parameters = self._vllm.SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=1.0
+        )
+        results = self._run([([*p, *r], parameters) for p, r in rows], None)
+        scores = []
+        for (prompt, response), result in zip(rows, results, strict=True):
+            entries = result.prompt_logprobs[len(prompt) :]
+            scores.append([e[t].logprob for e, t in zip(entries, response, strict=True)])
+        return scores
+
+    def close(self) -> None:
+        # LLM has no shutdown of its own; without this the engine's threads and memory stay
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    @property
+    def _engine(self) -> Any:
+        if self._llm is None:
+            raise EngineError("the vLLM engine is closed")
+        return self._llm.llm_engine
+
+    def _run(
+        self,
+        requests: Sequence[tuple[list[int], Any]],
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[Any]:
+        """Results of (prompt ids, SamplingParams) in order; an interrupt aborts what is left."""
+        if self.policy_version < 0:
+            raise EngineError("generate before the first sync: the engine's weights are random")
+        engine = self._engine
+        first = self._requests
+        self._requests += len(requests)
+        results: dict[int, Any] = {}
+        samples = tokens = 0
+        with trainer_state_kept():
+            try:
+                for offset, (token_ids, parameters) in enumerate(requests):
+                    prompt = {"prompt_token_ids": token_ids}
+                    engine.add_request(str(first + offset), prompt, parameters)
+                while engine.has_unfinished_requests():
+                    for result in engine.step():
+                        if not result.finished:
+                            continue
+                        results[int(result.request_id)] = result
+                        samples += len(result.outputs)
+                        tokens += sum(len(output.token_ids) for output in result.outputs)
+                        if on_progress is not None:
+                            on_progress(samples, tokens)
+            except BaseException:
+                engine.abort_request([str(first + i) for i in range(len(requests))])
+                raise
+        return [results[first + i] for i in range(len(requests))]
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = tuple(output.token_ids)
+    log_probs = tuple(
+        step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)
+    )
+    return Completion(token_ids, log_probs, truncated=output.finish_reason == "length")

