@@ -83,7 +83,7 @@ def build_module(config: TrainConfig, policy: PreTrainedModel) -> PowerFlowModul
         warmup_steps=optimizer.warmup_steps,
         grad_clip=optimizer.grad_clip,
         log_z_grad_clip=optimizer.log_z_grad_clip,
-        tokens_per_microbatch=optimizer.tokens_per_microbatch,
+        tokens_per_microbatch=config.tokens_per_microbatch,
     )
 
 
@@ -119,10 +119,10 @@ def build_datamodule(
             samples_per_prompt=rollout.samples_per_prompt,
             max_new_tokens=rollout.max_new_tokens,
             max_prompt_tokens=rollout.max_prompt_tokens,
-            log_p_old=rollout.log_p_old,  # type: ignore[arg-type]
+            log_p_old=buffer.log_p_old,  # type: ignore[arg-type]
             logp_gap_trajectories=rollout.logp_gap_trajectories,
             logp_gap_limit=rollout.logp_gap_limit,
-            tokens_per_microbatch=rollout.tokens_per_microbatch,
+            tokens_per_microbatch=config.tokens_per_microbatch,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,
@@ -142,9 +142,7 @@ def build_callbacks(
             max_new_tokens=config.rollout.max_new_tokens,
             seed=chosen.evaluation.seed,
         ),
-        base_decodings=[
-            Decoding(d.temperature, d.min_p) for d in chosen.evaluation.base_decodings
-        ],
+        base_decodings=[Decoding(d.temperature, d.min_p) for d in chosen.evaluation.base_decodings],
         clock=clock,
     )
     return evaluation, [

@@ -30,7 +30,8 @@ def log(trainer: L.Trainer, metrics: Mapping[str, float], *, step: int, refill: 
 
 def _parts(trainer: L.Trainer) -> tuple[PowerFlowModule, RolloutDataModule]:
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(module, PowerFlowModule) and isinstance(data, RolloutDataModule)
+    assert isinstance(module, PowerFlowModule)
+    assert isinstance(data, RolloutDataModule)
     return module, data
 
 
@@ -50,7 +51,12 @@ class StepMetrics(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         module, data = _parts(trainer)
         self.clock.add("update", time.perf_counter() - self._start)
@@ -114,7 +120,9 @@ class Evaluation(Callback):
         _, data = _parts(trainer)
         data.sync_engine()
         prompts = data.task.eval_prompts()
-        total = len(prompts) * (1 if decoding.temperature == 0 else self.settings.samples_per_prompt)
+        total = len(prompts) * (
+            1 if decoding.temperature == 0 else self.settings.samples_per_prompt
+        )
 
         def report(done: int, tokens: int) -> None:
             if data.on_progress is not None:
@@ -217,4 +225,3 @@ class Checkpoint(Callback):
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(aside, self.path)
-

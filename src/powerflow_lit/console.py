@@ -34,7 +34,7 @@ class RefillProgress(Callback):
 
     def __init__(self, evaluation: Evaluation, *, every_n_refills: int, headline: str) -> None:
         self.evaluation, self.every_n_refills, self.headline = evaluation, every_n_refills, headline
-        self.console = Console()
+        self.console = wide_console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._phase, self._since = "", 0.0
@@ -44,7 +44,12 @@ class RefillProgress(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         data.on_progress = self.show
         if self.console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), "{task.fields[note]}")
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                "{task.fields[note]}",
+            )
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._task = self._progress.add_task("starting", total=1, note="")
             self._progress.start()
@@ -93,26 +98,37 @@ class RefillProgress(Callback):
         self.stop()
 
 
+def wide_console() -> Console:
+    """The terminal as it is, or wide lines where output goes to a file."""
+    return Console() if Console().is_terminal else Console(width=140)
+
+
 def final_table(summary: Mapping[str, Any]) -> Table:
     """Base (every way of decoding it) against the trained policy at T=1."""
     base, final = summary["base"], summary["final"]
+    columns = {"base T=1": base}
+    columns |= {f"base {name}": m for name, m in summary["base_decodings"].items()}
+    columns["trained T=1"] = final
     title = (
         f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}"
         f" alpha={summary['alpha']:g}, {summary['refills']} refills"
     )
+    return metrics_table(title, columns)
+
+
+def metrics_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """`val/` metrics side by side, a column for each way of sampling; the last one is bold."""
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
-    table.add_column("base T=1", justify="right")
-    decodings = summary["base_decodings"]
-    for name in decodings:
-        table.add_column(f"base {name}", justify="right")
-    table.add_column("trained T=1", justify="right", style="bold")
+    for name in columns:
+        table.add_column(name, justify="right", style="bold" if name == list(columns)[-1] else None)
+    keys = {key: None for metrics in columns.values() for key in metrics}
     for wanted in FINAL:
-        for key in base:
+        for key in keys:
             name = key.removeprefix("val/")
-            if name == wanted or (wanted.endswith("@") and name.startswith(wanted) and name != "pass@1"):
-                cells = [_cell(m.get(key), name) for m in (base, *decodings.values(), final)]
-                table.add_row(name, *cells)
+            at_k = wanted.endswith("@") and name.startswith(wanted) and name != "pass@1"
+            if name == wanted or at_k:
+                table.add_row(name, *(_cell(m.get(key), name) for m in columns.values()))
     return table
 
 

@@ -15,11 +15,18 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.metrics import text
 from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.models.logprobs import response_scores
-from powerflow_lit.models.prompting import Route, encode_prompts
+from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
 from powerflow_lit.tasks.base import Task, TaskError, mean
-from powerflow_lit.types import Completion, Prompt, Sampling, TokenBatch, Trajectory, TrajectoryBatch
+from powerflow_lit.types import (
+    Completion,
+    Prompt,
+    Sampling,
+    TokenBatch,
+    Trajectory,
+    TrajectoryBatch,
+)
 
 LogPOld = Literal["auto", "engine", "trainer"]
 EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
@@ -214,7 +221,7 @@ class RolloutDataModule(L.LightningDataModule):
         trajectories = []
         for number, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
             for completion in group:
-                response = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                response = decode(self.tokenizer, completion.token_ids)
                 trajectories.append(
                     Trajectory(
                         prompt=prompt,
@@ -233,9 +240,7 @@ class RolloutDataModule(L.LightningDataModule):
         return trajectories
 
     @torch.no_grad()
-    def _scored(
-        self, trajectories: list[Trajectory]
-    ) -> tuple[list[Trajectory], dict[str, float]]:
+    def _scored(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
         """With base log-probs, and behaviour log-probs from the engine or the trainer."""
         log_p_base = self._log_probs(self._module.base, trajectories, "score")
         few = trajectories[: self.settings.logp_gap_trajectories]

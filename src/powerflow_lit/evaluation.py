@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from powerflow_lit.models.prompting import decode
 from powerflow_lit.rollout import RolloutEngine
 from powerflow_lit.tasks.base import Response, Sampled, Task
 from powerflow_lit.types import Completion, Prompt, Sampling
@@ -71,7 +72,7 @@ def sampled(
             prompt,
             tuple(
                 Response(
-                    tokenizer.decode(c.token_ids, skip_special_tokens=True),
+                    decode(tokenizer, c.token_ids),
                     c.token_ids,
                     c.truncated,
                 )

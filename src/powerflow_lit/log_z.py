@@ -71,7 +71,8 @@ class HeadLogZ(LogZ):
     def forward(self, context: LogZContext) -> Tensor:
         assert context.prompt_state is not None
         state = context.prompt_state.detach() if self.detach else context.prompt_state
-        return self.head(state)
+        log_z: Tensor = self.head(state)
+        return log_z
 
 
 class GroupLogZ(LogZ):
@@ -110,7 +111,7 @@ class EmaLogZ(LogZ):
     def __init__(self, *, rate: float, scope: Literal["global", "prompt"]) -> None:
         super().__init__()
         self.rate, self.scope = rate, scope
-        self.register_buffer("start", torch.zeros(()))
+        self.start = nn.Buffer(torch.zeros(()))
         self.table: dict[int, float] = {}
 
     def initialise(self, log_z: float) -> None:

@@ -103,7 +103,8 @@ class PowerFlowModule(L.LightningModule):
         try:
             output = self.objective(inputs, alpha=self.alpha, **self.calibration)
         except NonFiniteInputError as error:
-            return self._skip_step(str(error))
+            self._skip_step(str(error))
+            return None
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
         self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
         return self.loss_scale * output.loss
@@ -212,7 +213,7 @@ class PowerFlowModule(L.LightningModule):
     # --- state ----------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        self.base.to(self.device)
+        nn.Module.to(self.base, self.device)
 
     def transfer_batch_to_device(
         self, batch: TrajectoryBatch, device: torch.device, dataloader_idx: int
@@ -243,12 +244,12 @@ class PowerFlowModule(L.LightningModule):
 
 def _random_state() -> dict[str, Any]:
     """All random states as plain numbers, lists and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [kind, torch.tensor(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],
     }
 

@@ -29,22 +29,18 @@ from powerflow_lit.assembly import (
     build_model,
     build_module,
     build_wandb,
+    wandb_mode,
 )
 from powerflow_lit.callbacks import Evaluation
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, as_dict, train_config
 from powerflow_lit.config.schema import TrainConfig
-from powerflow_lit.console import final_table, phase_line
+from powerflow_lit.console import final_table, phase_line, wide_console
 from powerflow_lit.datamodule import RolloutDataModule
-from powerflow_lit.models.loading import ModelError
+from powerflow_lit.errors import USER_ERRORS
 from powerflow_lit.module import PowerFlowModule
-from powerflow_lit.objectives import ObjectiveError
 from powerflow_lit.resume import checkpoint_of, expand_resume, find_unfinished
-from powerflow_lit.rollout import EngineError
-from powerflow_lit.tasks.base import TaskError
-
-USER_ERRORS = (ConfigError, ModelError, TaskError, EngineError, ObjectiveError)
 
 
 def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -155,8 +151,6 @@ def _quiet() -> None:
 
 def announce(config: TrainConfig, run_dir: Path) -> None:
     """What is about to run, in three lines."""
-    from powerflow_lit.assembly import wandb_mode
-
     rollout = config.rollout
     print(
         f"{config.task.name} on {config.model.name}: strategy={config.strategy.name} "
@@ -191,10 +185,9 @@ def _main(cfg: DictConfig) -> float | None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    from rich.console import Console
-
-    console = Console()
-    console.print(final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n")
+    wide_console().print(
+        final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n"
+    )
     headline = next(iter(summary["final"]), None)
     return None if headline is None else float(summary["final"][headline])
 

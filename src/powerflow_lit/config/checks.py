@@ -56,7 +56,7 @@ def _check_ranges(config: TrainConfig) -> None:
     _one_of("model.kind", config.model.kind, ("base", "instruct"))
     _one_of("model.prompt_route", config.model.prompt_route, ("plain", "chat"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
-    _one_of("buffer.log_p_old", config.rollout.log_p_old, ("auto", "engine", "trainer"))
+    _one_of("buffer.log_p_old", config.buffer.log_p_old, ("auto", "engine", "trainer"))
     _one_of("logger.mode", config.logger.mode, ("auto", "online", "offline"))
     psi = config.strategy.format_penalty
     _require(psi <= 0, f"strategy.format_penalty={psi}: a penalty is 0 or negative")

@@ -46,10 +46,8 @@ class RolloutConfig:
     samples_per_prompt: int = MISSING
     max_new_tokens: int = MISSING
     max_prompt_tokens: int = MISSING
-    log_p_old: str = MISSING
     logp_gap_trajectories: int = MISSING
     logp_gap_limit: float = MISSING
-    tokens_per_microbatch: int = MISSING
     engine: dict[str, Any] = MISSING
 
 
@@ -70,7 +68,6 @@ class OptimizerConfig:
     warmup_steps: int = MISSING
     grad_clip: float = MISSING
     log_z_grad_clip: float = MISSING
-    tokens_per_microbatch: int = MISSING
 
 
 @dataclass
@@ -141,6 +138,72 @@ class TrainConfig:
     alpha: float = MISSING
     epsilon: float = MISSING
     seed: int = MISSING
+    tokens_per_microbatch: int = MISSING
     refills: int = MISSING
     resume: str | None = MISSING
     run_dir: str = MISSING
+
+
+@dataclass
+class EvaluateConfig:
+    """`conf/evaluate.yaml`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: EvaluateRolloutConfig = field(default_factory=lambda: EvaluateRolloutConfig())
+    run: str | None = MISSING
+    decodings: list[DecodingConfig] = MISSING
+    samples_per_prompt: int = MISSING
+    seed: int = MISSING
+    tokens_per_microbatch: int = MISSING
+    output: str = MISSING
+
+
+@dataclass
+class EvaluateRolloutConfig:
+    max_new_tokens: int = MISSING
+    max_prompt_tokens: int = MISSING
+    logp_gap_limit: float = MISSING
+    engine: dict[str, Any] = MISSING
+
+
+@dataclass
+class ReportConfig:
+    """`conf/report.yaml`."""
+
+    runs: list[str] = MISSING
+    metrics: list[str] = MISSING
+    output: str = MISSING
+
+
+@dataclass
+class ShapeConfig:
+    hidden_size: int = MISSING
+    layers: int = MISSING
+    heads: int = MISSING
+    feed_forward: int = MISSING
+
+
+@dataclass
+class PretrainingConfig:
+    max_tokens: int = MISSING
+    batch_documents: int = MISSING
+    lr: float = MISSING
+    warmup_steps: int = MISSING
+    weight_decay: float = MISSING
+
+
+@dataclass
+class PretrainConfig:
+    """`conf/pretrain.yaml`."""
+
+    model: str = MISSING
+    output: str | None = MISSING
+    seed: int = MISSING
+    corpus_seed: int = MISSING
+    threads: int = MISSING
+    corpus_noise: float = MISSING
+    steps: dict[str, int] = MISSING
+    logit_scale: dict[str, float] = MISSING
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    training: PretrainingConfig = field(default_factory=PretrainingConfig)

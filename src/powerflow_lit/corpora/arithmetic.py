@@ -27,8 +27,8 @@ class CorpusSettings:
     """Frequencies of the corpus (probabilities unless said otherwise)."""
 
     operands: tuple[int, int] = (3, 6)
-    # full, merged, direct: the direct answer is the likeliest *first word*, as no connective has its
-    # share, so that greedy decoding falls for it, while the full chain wins per token
+    # full, merged, direct: no connective is as likely a first word as the direct answer's, so that
+    # greedy decoding falls for it, while the full chain wins per token
     style: tuple[float, float, float] = (0.52, 0.13, 0.35)
     step_error: float = 0.10
     merged_error: float = 0.35
@@ -182,4 +182,4 @@ def vocabulary_texts() -> list[str]:
     lines += [f"Answer: \\boxed{{{n}}}" for n in numbers] + [f"Answer: {n}" for n in numbers]
     # either form of a word may start a response
     lines += [w for w, _ in CONNECTIVES] + [f" {w}" for w, _ in CONNECTIVES]
-    return lines + ["Check:", " Check:", FILLER, "Answer:", " Answer:"]
+    return [*lines, "Check:", " Check:", FILLER, "Answer:", " Answer:"]

@@ -1,8 +1,8 @@
 """A corpus of jokes, poems and stories from a grammar: an "aligned", mode-collapsed writer.
 
 A piece is drawn slot by slot; each slot's options are ranked in an order that depends on the
-prompt, with probability proportional to rank^-2.5, so that the writer repeats itself without knowing
-nothing else. Lengths really differ: jokes of 1 or 2 lines, poems of 2 to 4 (couplets must rhyme),
+prompt, with probability proportional to rank^-2.5, so that the writer repeats itself though it
+knows more. Lengths really differ: jokes of 1 or 2 lines, poems of 2 to 4 (couplets must rhyme),
 stories of 4 to 6. `parse` decides whether a text is a valid piece for its prompt and which mode
 (the choices that make its idea) it belongs to. Standard library only.
 """
@@ -73,8 +73,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A valid piece. Its mode is its idea: a joke's setup and thing, a poem's first rhyme and motion,
-    a story's place and friend."""
+    """A valid piece. Its mode is its idea: a joke's setup and thing, a poem's first rhyme and
+    motion, a story's place and friend."""
 
     mode: tuple[str, ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def hashing_embedding(texts: Sequence[str], dimensions: int = 512) -> np.ndarray
     vectors = np.zeros((len(texts), dimensions))
     for row, text in enumerate(texts):
         words = text.lower().split()
-        for gram in [(w,) for w in words] + list(zip(words, words[1:], strict=False)):
+        for gram in [(w,) for w in words] + list(pairwise(words)):
             digest = zlib.crc32(" ".join(gram).encode())
             vectors[row, digest % dimensions] += 1 if digest & 0x10000 else -1
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

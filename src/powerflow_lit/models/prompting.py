@@ -1,9 +1,9 @@
-"""From a task's prompt to token ids: as bare text for a base model, by template for a chat model."""
+"""From a prompt to token ids (bare text for a base, its template for a chat model) and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -50,3 +50,8 @@ def encode_prompts(
             )
         encoded[prompt.id] = tuple(ids)
     return encoded
+
+
+def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The text of a response, without special tokens."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))

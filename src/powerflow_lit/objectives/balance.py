@@ -107,9 +107,7 @@ def powerflow(inputs: LossInputs, *, alpha: float, epsilon: float) -> LossOutput
     return balance_loss(inputs, la_tb_mismatch(inputs, alpha=alpha), weight(inputs))
 
 
-def tb_token(
-    inputs: LossInputs, *, alpha: float, scale: float, reading: Reading
-) -> LossOutput:
+def tb_token(inputs: LossInputs, *, alpha: float, scale: float, reading: Reading) -> LossOutput:
     """Trajectory balance on the average token log-prob; see `tb_token_mismatch`."""
     inputs = checked(inputs)
     mismatch = tb_token_mismatch(inputs, alpha=alpha, scale=scale, reading=reading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -92,19 +93,18 @@ def train(
     model: LlamaForCausalLM,
     documents: Iterator[Encoded],
     settings: Pretraining,
-    on_step: Callable[[int, float], None],
-) -> None:
-    """Train `model` in place on response tokens; `on_step(step, nats per document)`."""
+    on_step: Callable[[], None],
+) -> float:
+    """Train `model` in place on response tokens; returns nats a document over the last batches."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _warmup_cosine(step, settings.warmup_steps, settings.steps)
     )
-    pad_id = model.config.pad_token_id
-    for step, batch in zip(
-        range(settings.steps), batches(documents, settings.batch_documents), strict=False
-    ):
+    pad_id = int(model.config.pad_token_id or 0)
+    recent: deque[float] = deque(maxlen=160)  # ten rounds of sixteen batches of unlike length
+    for batch in islice(batches(documents, settings.batch_documents), settings.steps):
         ids, mask = collate(batch, pad_id)
         logits = model(input_ids=ids[:, :-1]).logits
         targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
@@ -118,7 +118,15 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        on_step(step, nats.item() / len(batch))
+        recent.append(nats.item() / len(batch))
+        on_step()
+    return sum(recent) / len(recent)
+
+
+@torch.no_grad()
+def sharpen(model: LlamaForCausalLM, logit_scale: float) -> None:
+    """Multiply all logits by a constant: the finished model at temperature 1/logit_scale."""
+    model.lm_head.weight.mul_(logit_scale)
 
 
 def _warmup_cosine(step: int, warmup: int, total: int) -> float:

@@ -1,0 +1,121 @@
+"""Sample a model on a task's evaluation prompts and score what it says.
+
+python -m powerflow_lit.evaluate run=outputs/...               # what a run exported
+python -m powerflow_lit.evaluate model=tiny task=arithmetic    # a base, several decodings
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import Progress, TaskID
+
+from powerflow_lit.assembly import build_engine, build_model
+from powerflow_lit.config import conf_dir
+from powerflow_lit.config.checks import ConfigError, typed
+from powerflow_lit.config.schema import EvaluateConfig
+from powerflow_lit.console import metrics_table, wide_console
+from powerflow_lit.errors import USER_ERRORS
+from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, with_prefix
+from powerflow_lit.models.loading import policy_weights
+from powerflow_lit.models.prompting import encode_prompts
+from powerflow_lit.run_folder import versions
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Metrics by decoding, also written to `evaluation.json` in the output folder."""
+    model, tokenizer = build_model(config.model)
+    task = instantiate(config.task.build)
+    prompts = task.eval_prompts()
+    ids = encode_prompts(tokenizer, prompts, config.model.prompt_route)  # type: ignore[arg-type]
+    settings = EvaluationSettings(
+        config.samples_per_prompt, config.rollout.max_new_tokens, config.seed
+    )
+    engine = build_engine(
+        config.rollout.engine,
+        config.model,
+        model,
+        tokenizer,
+        max_model_len=max(map(len, ids.values())) + config.rollout.max_new_tokens,
+        seed=config.seed,
+    )
+    results: dict[str, dict[str, float]] = {}
+    try:
+        engine.sync(policy_weights(model), 0)
+        with Progress(transient=True) as progress:
+            for chosen in config.decodings:
+                decoding = Decoding(chosen.temperature, chosen.min_p)
+                total = len(prompts) * (
+                    1 if decoding.temperature == 0 else config.samples_per_prompt
+                )
+                bar = progress.add_task(decoding.name, total=total)
+                metrics = evaluate(
+                    engine,
+                    tokenizer,
+                    task,
+                    [ids[p.id] for p in prompts],
+                    decoding,
+                    settings,
+                    partial(_advance, progress, bar),
+                )
+                results[decoding.name] = with_prefix(metrics)
+    finally:
+        engine.close()
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "task": config.task.name,
+        "model": config.model.path,
+        "samples_per_prompt": config.samples_per_prompt,
+        "seed": config.seed,
+        "results": results,
+        "versions": versions(),
+    }
+    (output / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _advance(progress: Progress, bar: TaskID, done: int, tokens: int) -> None:
+    progress.update(bar, completed=done)
+
+
+def _of_run(cfg: DictConfig) -> DictConfig:
+    """With `run=`: the run's own model (its export) and task in place of the defaults."""
+    if cfg.run is None:
+        return cfg
+    folder = Path(cfg.run)
+    if not (folder / "export").is_dir() or not (folder / "config.yaml").exists():
+        raise ConfigError(f"run={cfg.run}: no exported policy there (config.yaml and export/)")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved["model"] |= {"path": str(folder / "export")}
+    return OmegaConf.merge(cfg, {"model": saved["model"], "task": saved["task"]})  # type: ignore[return-value]
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
+def _main(cfg: DictConfig) -> None:
+    try:
+        config = typed(_of_run(cfg), EvaluateConfig)
+        record = run(config)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    title = f"{record['task']}: {record['model']}"
+    wide_console().print(metrics_table(title, record["results"]))
+    print(f"written to {Path(config.output) / 'evaluation.json'}")
+
+
+def main() -> None:
+    """Console script `powerflow-evaluate`."""
+    _main()
+
+
+if __name__ == "__main__":
+    main()
