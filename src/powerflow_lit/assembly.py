@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
@@ -31,7 +32,9 @@ from powerflow_lit.tasks.base import Task
 
 
 def build_model(config: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
-    """Policy and tokenizer."""
+    """Policy and tokenizer; also sets the number of CPU threads that suits the model."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
     model = load_model(
         config.path,

@@ -145,8 +145,9 @@ def _finish_wandb(logger: Any, summary: dict[str, Any]) -> None:
 def _quiet() -> None:
     """Leave the terminal to the run's own lines."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*is deprecated.*", ".*litlogger.*"):
-        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    for message in ("does not have many workers", "modules? in eval mode", "transfer_batch", "triton"):
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def announce(config: TrainConfig, run_dir: Path) -> None:

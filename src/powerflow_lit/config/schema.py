@@ -17,8 +17,15 @@ class ModelConfig:
     dtype: str = MISSING
     attn_implementation: str = MISSING
     trust_remote_code: bool = MISSING
+    threads: int | None = MISSING
     lr: float = MISSING
     log_z_lr: float = MISSING
+
+
+@dataclass
+class DecodingConfig:
+    temperature: float = MISSING
+    min_p: float = MISSING
 
 
 @dataclass
@@ -28,6 +35,7 @@ class TaskConfig:
     max_new_tokens: int = MISSING
     max_prompt_tokens: int = MISSING
     default_alpha: dict[str, float] = MISSING
+    base_decodings: list[DecodingConfig] = MISSING
     build: dict[str, Any] = MISSING
 
 
@@ -68,12 +76,6 @@ class OptimizerConfig:
     warmup_steps: int = MISSING
     grad_clip: float = MISSING
     log_z_grad_clip: float = MISSING
-
-
-@dataclass
-class DecodingConfig:
-    temperature: float = MISSING
-    min_p: float = MISSING
 
 
 @dataclass

@@ -1,0 +1,151 @@
+"""The commands of the README, run as typed, in processes of their own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CONTRACT_FILES = (
+    "config.yaml", "overrides.yaml", "metrics.csv", "samples.jsonl", "summary.json",
+    "checkpoints/last.ckpt", "export/config.json", "wandb",
+)  # fmt: skip
+CONTRACT_METRICS = (
+    "train/loss train/residual_mean train/residual_abs train/log_z train/corr_residual_length "
+    "train/is_weight_mean train/is_weight_min train/is_weight_max train/is_clip_frac train/ess "
+    "train/grad_norm train/entropy train/kl_base train/lr rollout/length_mean rollout/length_std "
+    "rollout/truncated_frac rollout/format_rate rollout/repetition rollout/unique_frac "
+    "rollout/log_p_base_per_token rollout/accuracy val/length_mean val/format_rate "
+    "val/repetition val/diversity_semantic val/diversity_lexical val/distinct_n perf/rollout_s "
+    "perf/score_s perf/update_s perf/sync_s perf/tokens_per_s perf/peak_rss_gb "
+    "selfcheck/residual_std_on_base selfcheck/engine_logp_gap"
+).split()
+
+
+def train(folder: Path, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m powerflow_lit.train ...` from `folder`, without any W&B login."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    result = subprocess.run(
+        [sys.executable, "-m", "powerflow_lit.train", *overrides],
+        cwd=folder,
+        env={**environment, "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def only_run(folder: Path) -> Path:
+    (summary,) = folder.glob("outputs/**/summary.json")
+    return summary.parent
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_a_fast_run_leaves_the_whole_run_folder(tmp_path: Path, engine: str) -> None:
+    printed = train(tmp_path, "debug=fast", f"rollout={engine}").stdout
+    run = only_run(tmp_path)
+    assert run.relative_to(tmp_path).as_posix().startswith(
+        "outputs/arithmetic/tiny/powerflow_alpha4"
+    )
+    assert all((run / name).exists() for name in CONTRACT_FILES)
+    assert "W&B offline" in printed
+    assert "trained T=1" in printed
+    summary = summary_of(run)
+    assert summary["status"] == "finished"
+    assert summary["strategy"] == "powerflow"
+    assert {"rollout", "score", "update", "sync", "eval"} <= summary["phases"].keys()
+    assert summary["base"].keys() == summary["final"].keys()
+    rows = rows_of(run)
+    assert [int(r["step"]) for r in rows] == [0, 1, 2, 3, 4]
+    assert [int(r["refill"]) for r in rows] == [0, 1, 1, 2, 2]
+    assert set(CONTRACT_METRICS) <= rows[0].keys()
+    assert max(float(r["selfcheck/engine_logp_gap"] or 0) for r in rows) < 1e-4
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {"refill", "prompt", "response", "length", "log_p_base", "log_pf"} <= samples[0].keys()
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_an_export_opens_like_any_model_and_differs_from_the_base(tmp_path: Path) -> None:
+    train(tmp_path, "debug=fast", "rollout=hf", "logger=none")
+    export = only_run(tmp_path) / "export"
+    model = AutoModelForCausalLM.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    text = "Compute 1 + 2. Put the final answer in \\boxed{}.\nAnswer: \\boxed{3}"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == text
+    from powerflow_lit.models.embedded import folder_of
+
+    base = AutoModelForCausalLM.from_pretrained(folder_of("tiny"))
+    with torch.no_grad():
+        assert (model(ids).logits - base(ids).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "jobs"),
+    [
+        (("strategy=powerflow,tb_traj", "alpha=2,4"), 4),
+        (("epsilon=0.1,0.2",), 2),
+    ],
+)
+def test_a_multirun_runs_every_job_in_one_process(
+    tmp_path: Path, overrides: tuple[str, ...], jobs: int
+) -> None:
+    train(tmp_path, "-m", *overrides, "debug=fast")
+    runs = [path.parent for path in tmp_path.glob("multirun/**/summary.json")]
+    summaries = [summary_of(run) for run in runs]
+    assert len(runs) == jobs
+    assert {s["status"] for s in summaries} == {"finished"}
+    assert len({(s["strategy"], s["alpha"], s["epsilon"]) for s in summaries}) == jobs
+    wandb_ids = {path.name.split("-")[-1] for r in runs for path in r.glob("wandb/offline-run-*")}
+    assert len(wandb_ids) == jobs, "each job has a W&B run of its own"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("alpha=-1", ("alpha=-1", "positive")),
+        ("epsilon=1.5", ("epsilon=1.5", "(0, 1)")),
+        ("+alpah=2", ("alpah", "did you mean alpha")),
+        ("strategy=rl_traj alpha=0.5", ("alpha=0.5", "alpha > 1")),
+        ("log_z=group rollout.samples_per_prompt=1", ("samples_per_prompt=1", "2 or more")),
+        ("rollout.prompts_per_refill=15", ("15", "divisible")),
+        ("optimizer.lr=fast", ("optimizer.lr", "fast")),
+        ("model=hf model.path=./nowhere", ("./nowhere", "no such folder")),
+        ("model=tiny_instruct", ("does not know the words", "model=tiny")),
+        ("task=creative model=tiny", ("does not know the words", "tiny_instruct")),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(
+    tmp_path: Path, override: str, words: tuple[str, ...]
+) -> None:
+    result = train(tmp_path, *override.split(), check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    line = next(x for x in result.stderr.splitlines() if x.startswith("error:"))
+    assert all(word in line for word in words), line
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
+    train(tmp_path, "debug=fast", "rollout=hf", "logger=none", "run_dir=mine")
+    again = train(tmp_path, "debug=fast", "rollout=hf", "run_dir=mine", check=False)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr

@@ -1,0 +1,79 @@
+"""Interrupted runs go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.test_commands import rows_of, summary_of, train
+
+QUICK = ("debug=fast", "logger=none", "refills=4", "callbacks.evaluation.every_n_refills=2")
+UNTIMED = ("perf/",)
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return state["state_dict"]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) -> None:
+    settings = (*QUICK, f"rollout={engine}")
+    train(tmp_path, *settings, "run_dir=whole")
+    stop = subprocess.Popen(
+        [sys.executable, "-m", "powerflow_lit.train", *settings, "run_dir=halves"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert stop.stdout is not None
+    for line in stop.stdout:
+        if line.startswith("refill   2/4"):
+            stop.kill()  # after two refills, without any warning
+            break
+    stop.wait()
+    train(tmp_path, "resume=halves")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    expected, found = final_state(whole), final_state(halves)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert summary_of(whole)["final"] == summary_of(halves)["final"]
+    assert summary_of(whole)["base"] == summary_of(halves)["base"]
+    for one, other in zip(rows_of(whole), rows_of(halves), strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            if not name.startswith(UNTIMED):
+                assert one[name] == other[name], name
+
+
+def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "powerflow_lit.train", *QUICK, "refills=500", "run_dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("refill   3/500"):
+            process.send_signal(signal.SIGINT)
+            break
+    started = time.monotonic()
+    process.wait(timeout=60)
+    assert time.monotonic() - started < 30
+    assert process.returncode != 0
+    assert summary_of(tmp_path / "run")["status"] == "interrupted"
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    time.sleep(1)
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True)
+    assert left.stdout == "", "no process of the run's session is left"
