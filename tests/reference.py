@@ -397,9 +397,7 @@ def assert_metrics(
     assert_near(output.residual, [reference.residual(batch, i) for i in range(len(batch))], 1e-9)
 
 
-def assert_near(
-    actual: Tensor, expected: float | list[float], atol: float, name: str = ""
-) -> None:
+def assert_near(actual: Tensor, expected: float | list[float], atol: float, name: str = "") -> None:
     wanted = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(
         actual.detach().double(), wanted, atol=atol, rtol=1e-9, msg=lambda m: f"{name} {m}"

@@ -146,7 +146,12 @@ def _quiet() -> None:
     """Leave the terminal to the run's own lines."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    for message in ("does not have many workers", "modules? in eval mode", "transfer_batch", "triton"):
+    for message in (
+        "does not have many workers",
+        "modules? in eval mode",
+        "transfer_batch",
+        "triton",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}")
 
 

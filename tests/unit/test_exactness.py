@@ -167,7 +167,9 @@ def test_rewards_less_kl_are_constant_at_the_rl_target(
     residual = objective(inputs, alpha=alpha, weight=EXACT, **FRAME).residual
     torch.testing.assert_close(residual, torch.zeros_like(residual), atol=1e-10, rtol=0.0)
     elsewhere = inputs_for(LANGUAGE, BASE, BASE, psi=psi)
-    assert float(objective(elsewhere, alpha=alpha, weight=EXACT, **FRAME).residual.abs().max()) > 0.1
+    assert (
+        float(objective(elsewhere, alpha=alpha, weight=EXACT, **FRAME).residual.abs().max()) > 0.1
+    )
 
 
 # --- learning on all strings ---------------------------------------------------------------------
