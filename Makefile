@@ -58,7 +58,7 @@ format: $(STAMP) ## let ruff mend and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pretrain: $(STAMP) ## rebuild an embedded model: ARGS='model=tiny_instruct'
+pretrain: $(STAMP) ## rebuild an embedded model: ARGS='embedded=tiny_instruct'
 	$(BIN)/python -m powerflow_lit.pretrain $(ARGS)
 
 clean: ## remove caches and build products; runs in outputs/ stay

@@ -57,17 +57,16 @@ class Ragged:
 def random_batch(
     seed: int, *, prompts: int = 3, rollouts: int = 4, longest: int = 6, with_psi: bool = True
 ) -> Ragged:
-    """Random lengths 1..longest; behaviour policies both near (even rows) and far (odd rows)."""
+    """Random lengths 1..longest; the behaviour policy is near for even rows and far for odd."""
     rng = random.Random(seed)
     n = prompts * rollouts
-    lengths = [1 + rng.randrange(longest) for _ in range(n)]
-    lengths[:2] = [1, longest]  # both ends always occur
+    lengths = [1, longest, *(1 + rng.randrange(longest) for _ in range(n))][:n]
 
     def log_probs() -> list[list[float]]:
         return [[-rng.expovariate(1.5) for _ in range(length)] for length in lengths]
 
     log_pf = log_probs()
-    drift = [0.02 if i % 2 == 0 else 0.4 for i in range(n)]
+    drift = [(0.0, 0.5, 0.0, -0.5)[i % 4] for i in range(n)]  # nats, over the whole response
     order = list(range(prompts))
     rng.shuffle(order)
     z = {q: rng.gauss(0.0, 1.0) for q in order}
@@ -76,7 +75,8 @@ def random_batch(
         log_pf=log_pf,
         log_p_base=log_probs(),
         log_p_old=[
-            [x + rng.gauss(0.0, d) for x in row] for row, d in zip(log_pf, drift, strict=True)
+            [x - d / len(row) + rng.gauss(0.0, 0.05) for x in row]
+            for row, d in zip(log_pf, drift, strict=True)
         ],
         log_z=[z[q // 10] for q in prompt],
         psi=[rng.choice([0.0, -0.5]) if with_psi else 0.0 for _ in range(n)],

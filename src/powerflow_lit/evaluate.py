@@ -21,6 +21,7 @@ from rich.progress import Progress, TaskID
 from powerflow_lit.assembly import build_engine, build_model
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
+from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.console import metrics_table, wide_console
 from powerflow_lit.errors import USER_ERRORS
@@ -102,7 +103,7 @@ def _of_run(cfg: DictConfig) -> DictConfig:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
 def _main(cfg: DictConfig) -> None:
     try:
-        config = typed(_of_run(cfg), EvaluateConfig)
+        config = typed(with_available_engine(_of_run(cfg)), EvaluateConfig)
         record = run(config)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,6 +129,8 @@ class EmaLogZ(LogZ):
         group = group_log_z(context.mismatch, context.weight, context.prompt_index).tolist()
         newest: dict[int, list[float]] = {}
         for i, value in zip(ids, group, strict=True):
+            if not math.isfinite(value):
+                continue  # the objective will refuse this update; the average must survive it
             newest.setdefault(i, []).append(value)
         for i, values in newest.items():
             old = self.table.get(i, float(self.start))

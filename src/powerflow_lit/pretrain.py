@@ -1,7 +1,7 @@
 """Rebuild the embedded models from their generated corpora, in minutes on a CPU.
 
-python -m powerflow_lit.pretrain                               # model=tiny, in place
-python -m powerflow_lit.pretrain model=tiny_instruct output=/tmp/tiny_instruct
+python -m powerflow_lit.pretrain                               # embedded=tiny, in place
+python -m powerflow_lit.pretrain embedded=tiny_instruct output=/tmp/tiny_instruct
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from powerflow_lit.models.embedded.tokenizer import build_tokenizer
 
 def build(config: PretrainConfig) -> Path:
     """Train the embedded model that the configuration names; returns its folder."""
-    if config.model not in NAMES:
-        raise ConfigError(f"model={config.model}: choose one of {', '.join(NAMES)}")
-    instruct = config.model == "tiny_instruct"
+    if config.embedded not in NAMES:
+        raise ConfigError(f"embedded={config.embedded}: choose one of {', '.join(NAMES)}")
+    instruct = config.embedded == "tiny_instruct"
     texts = creative.vocabulary_texts() if instruct else arithmetic.vocabulary_texts()
     documents = (
         creative.documents(config.corpus_seed, config.corpus_noise)
@@ -38,19 +38,19 @@ def build(config: PretrainConfig) -> Path:
     torch.use_deterministic_algorithms(True)
     tokenizer = build_tokenizer(texts, instruct=instruct)
     settings = Pretraining(
-        **vars(config.shape), **vars(config.training), steps=config.steps[config.model],
+        **vars(config.shape), **vars(config.training), steps=config.steps[config.embedded],
         seed=config.seed,
     )  # fmt: skip
     model = new_model(settings, tokenizer)
     with Progress() as progress:
-        bar = progress.add_task(f"pretraining {config.model}", total=settings.steps)
+        bar = progress.add_task(f"pretraining {config.embedded}", total=settings.steps)
         encoded = encode(tokenizer, documents, settings.max_tokens)
         nats = train(model, encoded, settings, lambda: progress.advance(bar))
-    sharpen(model, config.logit_scale[config.model])
-    folder = Path(config.output) if config.output else folder_of(config.model)
+    sharpen(model, config.logit_scale[config.embedded])
+    folder = Path(config.output) if config.output else folder_of(config.embedded)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"{config.model}: {model.num_parameters():,} parameters, {nats:.2f} nats a document")
+    print(f"{config.embedded}: {model.num_parameters():,} parameters, {nats:.2f} nats a document")
     return folder
 
 

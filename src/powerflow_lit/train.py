@@ -35,6 +35,7 @@ from powerflow_lit.callbacks import Evaluation
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, as_dict, train_config
+from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.console import final_table, phase_line, wide_console
 from powerflow_lit.datamodule import RolloutDataModule
@@ -176,7 +177,7 @@ def _main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     try:
-        config = train_config(cfg)
+        config = train_config(with_available_engine(cfg))
         if hydra_config.mode == RunMode.MULTIRUN:
             config.run_dir = hydra_config.runtime.output_dir
         elif config.resume == "auto":

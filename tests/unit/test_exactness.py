@@ -52,7 +52,7 @@ ON_POLICY = ImportanceWeight("none", None, None)  # rollouts come from the polic
 EXACT = ImportanceWeight("seq_sum", None, None)  # N pi(y): a mean over all strings is E_pi
 SAMPLED = Recipe(steps=1000, lr=0.02, lr_z=0.1)
 SAMPLED_LONGER = Recipe(steps=1500, lr=0.02, lr_z=0.1)
-SAMPLED_WIDELY = Recipe(steps=800, lr=0.02, lr_z=0.1, samples=1024)
+SAMPLED_WIDELY = Recipe(steps=1600, lr=0.01, lr_z=0.1, samples=1024)
 EXPECTED = Recipe(steps=1000, lr=0.3, lr_z=0.3)
 
 Target = Callable[[float, Tensor], tuple[Tensor, float]]

@@ -199,7 +199,7 @@ class PretrainingConfig:
 class PretrainConfig:
     """`conf/pretrain.yaml`."""
 
-    model: str = MISSING
+    embedded: str = MISSING
     output: str | None = MISSING
     seed: int = MISSING
     corpus_seed: int = MISSING

@@ -3,7 +3,8 @@
 A piece is drawn slot by slot; each slot's options are ranked in an order that depends on the
 prompt, with probability proportional to rank^-2.5, so that the writer repeats itself though it
 knows more. Lengths really differ: jokes of 1 or 2 lines, poems of 2 to 4 (couplets must rhyme),
-stories of 4 to 6. `parse` decides whether a text is a valid piece for its prompt and which mode
+stories of 4 to 6; a few ramble on. `parse` decides whether a text is a valid piece for its prompt
+and which mode
 (the choices that make its idea) it belongs to. Standard library only.
 """
 
@@ -23,6 +24,10 @@ TOPICS = (
     "bear", "wolf", "duck", "horse", "whale", "snail", "robot", "ghost",
 )  # fmt: skip
 RANK_EXPONENT = 2.5
+# A few pieces ramble past their form's longest length (and are invalid): as with real models, long
+# junk has a little mass, which matching p^alpha on whole strings (alpha < 1) blows up.
+RAMBLE = 0.006
+RAMBLE_ON = 0.75  # chance of one more line (story) or couplet (poem)
 
 SLOTS: dict[str, tuple[str, ...]] = {
     "adjective": ("old", "shy", "proud", "sleepy", "brave", "tiny", "clever", "lonely"),
@@ -107,8 +112,11 @@ class _Writer:
 
     def _poem(self) -> list[str]:
         couplets, close = self.rng.choice(((1, False), (1, True), (2, False)))
+        extra = self._ramble()
+        couplets, close = (2 + extra, False) if extra else (couplets, close)
         lines = []
         for number in range(couplets):
+            number = min(number, 1)
             family = self._pick(f"family{number}", tuple(RHYMES))
             for position, line in enumerate(COUPLET):
                 rhyme = self._pick(f"rhyme{position}{family}", RHYMES[family])
@@ -116,10 +124,20 @@ class _Writer:
         return [*lines, self._fill(POEM_CLOSE, "close")] if close else lines
 
     def _story(self) -> list[str]:
-        events = self.rng.choice((1, 2, 3))
+        extra = self._ramble()
+        events = 3 + extra if extra else self.rng.choice((1, 2, 3))
         lines = [self._fill(STORY_OPENING, "opening"), self._fill(STORY_MEETING, "meeting")]
-        lines += [self._fill(STORY_EVENT, f"event{i}") for i in range(events)]
+        lines += [self._fill(STORY_EVENT, f"event{min(i, 2)}") for i in range(events)]
         return [*lines, self._fill(STORY_ENDING, "ending")]
+
+    def _ramble(self) -> int:
+        """Lines too many; mostly none."""
+        extra = 0
+        if self.rng.random() < RAMBLE:
+            extra = 1
+            while extra < 8 and self.rng.random() < RAMBLE_ON:
+                extra += 1
+        return extra
 
     def _fill(self, line: str, where: str) -> str:
         line = line.replace("{topic}", self.request.topic)

@@ -54,7 +54,8 @@ class LossOutput:
 
 
 def checked(inputs: LossInputs) -> LossInputs:
-    """The inputs in at least float32, after refusing what no objective can use.
+    """The inputs as an objective may use them: in at least float32, padding set to zero (so that
+    no NaN there reaches a gradient), and everything but log_pf and log_z cut off from gradients.
 
     Raises:
         ObjectiveError: no trajectory, a trajectory without response tokens, a positive penalty.
@@ -87,13 +88,14 @@ def checked(inputs: LossInputs) -> LossInputs:
         raise ObjectiveError(
             f"format_penalty is {worst}, but psi(y) is a penalty: it must be 0 or negative"
         )
+    clean = {n: torch.where(inputs.mask, _wide(x), 0.0) for n, x in per_token.items()}
     return LossInputs(
-        log_pf=_wide(inputs.log_pf),
-        log_p_base=_wide(inputs.log_p_base),
-        log_p_old=_wide(inputs.log_p_old),
+        log_pf=clean["log_pf"],
+        log_p_base=clean["log_p_base"].detach(),
+        log_p_old=clean["log_p_old"].detach(),
         mask=inputs.mask,
         log_z=_wide(inputs.log_z),
-        format_penalty=_wide(inputs.format_penalty),
+        format_penalty=_wide(inputs.format_penalty).detach(),
         prompt_index=inputs.prompt_index,
     )
 
@@ -119,7 +121,7 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def lengths(mask: Tensor) -> Tensor:
-    """|y| in tokens, (N, T) bool -> (N,) float64 or float32 friendly counts."""
+    """|y| in tokens, (N, T) bool -> (N,) long."""
     return mask.sum(1)
 
 

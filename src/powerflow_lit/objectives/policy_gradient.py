@@ -130,6 +130,10 @@ class PolicyGradientObjective:
     weight: ImportanceWeight
     uses_log_z: bool = False
 
+    def __post_init__(self) -> None:
+        if self.energy not in get_args(Energy):
+            raise ObjectiveError(f"energy '{self.energy}' is none of {get_args(Energy)}")
+
     def __call__(self, inputs: LossInputs, *, alpha: float) -> LossOutput:
         objective = {"traj": rl_traj, "token": rl_token}[self.energy]
         return objective(

@@ -135,11 +135,14 @@ class VllmEngine:
         sampling: Sampling,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
+        # vLLM refuses several greedy samples of a prompt, which would be copies
+        distinct = 1 if sampling.temperature == 0 else sampling.samples_per_prompt
+        copies = sampling.samples_per_prompt // distinct
         requests = [
             (
                 list(prompt),
                 self._vllm.SamplingParams(
-                    n=sampling.samples_per_prompt,
+                    n=distinct,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     min_p=sampling.min_p,
@@ -154,7 +157,7 @@ class VllmEngine:
             for index, prompt in enumerate(prompts)
         ]
         results = self._run(requests, on_progress)
-        return [[_completion(output) for output in result.outputs] for result in results]
+        return [[_completion(output) for output in result.outputs] * copies for result in results]
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         parameters = self._vllm.SamplingParams(

@@ -1,0 +1,167 @@
+"""The real engines: agreement, weight sync, reproducibility, and what they leave alone."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from powerflow_lit.models.embedded import folder_of
+from powerflow_lit.models.loading import load_model, policy_weights
+from powerflow_lit.rollout import EngineError, RolloutEngine
+from powerflow_lit.rollout.engine import EngineSpec
+from powerflow_lit.rollout.hf_engine import HfEngine
+from powerflow_lit.types import Sampling
+
+PROMPTS = [[10, 11, 12, 13, 14], [20, 21, 22], [30, 31, 32, 33]]
+SAMPLING = Sampling(samples_per_prompt=4, max_new_tokens=24, seed=3)
+
+
+def vllm_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
+    from powerflow_lit.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        spec(policy, path), dtype="float32", max_num_seqs=64, kv_cache_gb=1,
+        gpu_memory_utilization=0.3, enforce_eager=True, extra={},
+    )  # fmt: skip
+
+
+def hf_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
+    return HfEngine(spec(policy, path), sequences_per_batch=64, tokens_per_microbatch=4096)
+
+
+def spec(policy: PreTrainedModel, path: Path | str) -> EngineSpec:
+    return EngineSpec(
+        policy, str(path), pad_id=0, eos_id=2, max_model_len=64, seed=0, trust_remote_code=False
+    )
+
+
+@pytest.fixture(scope="module")
+def policy() -> PreTrainedModel:
+    return load_model(
+        "embedded:tiny", dtype="float32", attn_implementation="sdpa", trust_remote_code=False
+    )
+
+
+@pytest.fixture(params=["vllm", "hf"])
+def engine(request: pytest.FixtureRequest, policy: PreTrainedModel) -> Iterator[RolloutEngine]:
+    make = {"vllm": vllm_engine, "hf": hf_engine}[request.param]
+    built = make(policy, folder_of("tiny"))
+    yield built
+    built.close()
+    built.close()  # closing twice is safe
+
+
+def own_log_probs(
+    model: PreTrainedModel, prompt: list[int], response: tuple[int, ...]
+) -> list[float]:
+    ids = torch.tensor([[*prompt, *response]])
+    with torch.no_grad():
+        log_probs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+    rows = range(len(prompt) - 1, ids.shape[1] - 1)
+    return [float(log_probs[row, token]) for row, token in zip(rows, response, strict=True)]
+
+
+def test_the_contract_of_an_engine(engine: RolloutEngine, policy: PreTrainedModel) -> None:
+    with pytest.raises(EngineError, match="before the first sync"):
+        engine.generate(PROMPTS, SAMPLING)
+    weights = policy_weights(policy)
+    engine.sync(weights, 5)
+    assert engine.policy_version == 5
+
+    # log-probs are the model's own at temperature 1, whatever the temperature of sampling
+    for temperature in (1.0, 0.5, 0.0):
+        sampling = Sampling(2, 24, temperature=temperature, seed=1)
+        for prompt, group in zip(PROMPTS, engine.generate(PROMPTS, sampling), strict=True):
+            for completion in group:
+                expected = own_log_probs(policy, prompt, completion.token_ids)
+                assert completion.log_probs == pytest.approx(expected, abs=1e-4)
+                assert engine.score([(prompt, completion.token_ids)])[0] == pytest.approx(
+                    expected, abs=1e-4
+                )
+                ended = completion.token_ids[-1] == 2
+                assert ended != completion.truncated
+                assert ended or len(completion.token_ids) == 24
+
+    # the same seed gives the same tokens, another seed others; samples of a prompt differ
+    first, again = engine.generate(PROMPTS, SAMPLING), engine.generate(PROMPTS, SAMPLING)
+    assert first == again
+    other = engine.generate(PROMPTS, Sampling(4, 24, seed=4))
+    assert [c.token_ids for g in first for c in g] != [c.token_ids for g in other for c in g]
+    assert len({c.token_ids for c in first[0]}) > 1
+    same_prompt = engine.generate([PROMPTS[0], PROMPTS[0]], SAMPLING)
+    assert {c.token_ids for c in same_prompt[0]} != {c.token_ids for c in same_prompt[1]}
+
+    # a partial, foreign or non-finite set of weights never reaches the engine
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(EngineError, match=f"missing.*{name}"):
+        engine.sync({k: v for k, v in weights.items() if k != name}, 6)
+    with pytest.raises(EngineError, match="unknown"):
+        engine.sync({**weights, "extra.weight": torch.zeros(1)}, 6)
+    with pytest.raises(EngineError, match=f"{name} holds NaN"):
+        engine.sync({**weights, name: torch.full_like(weights[name], float("nan"))}, 6)
+    assert engine.policy_version == 5
+    assert engine.generate(PROMPTS, SAMPLING) == first
+
+    # new weights change what it says, at once (no stale prefix cache)
+    changed = {k: v * (1.3 if "layers.1" in k else 1.0) for k, v in weights.items()}
+    engine.sync(changed, 6)
+    moved = LlamaForCausalLM(policy.config).eval()
+    moved.load_state_dict(changed)
+    completion = engine.generate(PROMPTS, SAMPLING)[0][0]
+    expected = own_log_probs(moved, PROMPTS[0], completion.token_ids)
+    assert completion.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_tied_output_layer_is_synced_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=96, max_position_embeddings=128,
+        tie_word_embeddings=True, eos_token_id=2, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    engine = vllm_engine(model, tmp_path)
+    try:
+        for version in range(3):
+            engine.sync(policy_weights(model), version)
+            for completion in engine.generate(PROMPTS, SAMPLING)[0]:
+                expected = own_log_probs(model, PROMPTS[0], completion.token_ids)
+                assert completion.log_probs == pytest.approx(expected, abs=1e-4)
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(1.5)
+    finally:
+        engine.close()
+
+
+def test_the_trainer_is_as_it_was_after_vllm_has_worked(policy: PreTrainedModel) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    torch.manual_seed(11)
+    np.random.seed(12)
+    random.seed(13)
+    expected = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    torch.manual_seed(11)
+    np.random.seed(12)
+    random.seed(13)
+    engine = vllm_engine(policy, folder_of("tiny"))
+    try:
+        engine.sync(policy_weights(policy), 0)
+        engine.generate(PROMPTS, SAMPLING)
+        found = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+        assert found == expected
+        assert torch.set_num_threads is set_threads
+        assert torch.get_num_threads() == threads
+        assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+        assert torch.get_default_dtype() == torch.float32
+        assert torch.is_grad_enabled()
+    finally:
+        engine.close()
+        del os.environ["LOCAL_WORLD_SIZE"]

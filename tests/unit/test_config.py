@@ -1,0 +1,149 @@
+"""Every yaml composes; wrong values are refused by name; defaults are the paper's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from powerflow_lit.config import conf_dir
+from powerflow_lit.config.checks import ConfigError, train_config, typed
+from powerflow_lit.config.fallback import with_available_engine
+from powerflow_lit.config.schema import EvaluateConfig, PretrainConfig, ReportConfig, TrainConfig
+
+CONF = Path(conf_dir())
+
+
+def composed(*overrides: str, config_name: str = "train") -> DictConfig:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return compose(config_name, overrides=list(overrides))
+
+
+def checked(*overrides: str) -> TrainConfig:
+    return train_config(composed(*overrides))
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("task", "strategy"), list(product(choices("task"), choices("strategy"))))
+def test_every_task_composes_with_every_strategy_and_builds_its_objective(
+    task: str, strategy: str
+) -> None:
+    config = checked(f"task={task}", f"strategy={strategy}", "alpha=2")
+    assert config.strategy.name == strategy
+    assert callable(instantiate(config.strategy.objective))
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [
+        (group, choice)
+        for group in ("log_z", "rollout", "alpha_schedule", "trainer", "callbacks", "logger",
+                      "optimizer", "debug")
+        for choice in choices(group)
+    ],
+)  # fmt: skip
+def test_every_yaml_composes(group: str, choice: str) -> None:
+    config = checked(f"{group}={choice}")
+    if group in ("log_z", "alpha_schedule"):
+        instantiate(getattr(config, group))
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "overrides"),
+    [
+        ("evaluate", EvaluateConfig, ()),
+        ("pretrain", PretrainConfig, ()),
+        ("report", ReportConfig, ("runs=[a]",)),
+    ],
+)
+def test_the_other_entry_points_compose(
+    name: str, schema: type[Any], overrides: tuple[str, ...]
+) -> None:
+    typed(composed(*overrides, config_name=name), schema)
+
+
+def test_alpha_defaults_to_what_the_paper_gives_for_task_and_kind() -> None:
+    assert checked().alpha == 4
+    assert checked("model=hf", "model.path=x", "model.kind=instruct").alpha == 2
+    assert checked("task=creative").alpha == 0.5
+    assert checked("task=creative").model.name == "tiny_instruct"
+    assert checked("task=creative", "model=hf", "model.path=x").model.name == "hf"
+    assert checked("alpha=0.5").alpha == 0.5
+
+
+def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
+    powerflow = checked("epsilon=0.3").strategy
+    assert powerflow.format_penalty == -0.5
+    assert powerflow.objective["weight"] | {"_target_": ""} == {
+        "_target_": "", "kind": "seq_sum", "epsilon_low": 0.3, "epsilon_high": 0.3,
+    }  # fmt: skip
+    for strategy in set(choices("strategy")) - {"powerflow"}:
+        other = checked(f"strategy={strategy}").strategy
+        assert other.format_penalty == 0
+        assert other.objective["weight"]["kind"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("+alpah=2",), r"unknown key 'alpah': did you mean alpha\?"),
+        (("+optimizer.learning_rate=1",), r"unknown key 'optimizer.learning_rate'"),
+        (("alpha=0",), "alpha=0"),
+        (("epsilon=0",), "epsilon=0"),
+        (("refills=0",), "refills=0"),
+        (("seed=one",), "seed.*one"),
+        (("strategy.format_penalty=0.5",), "format_penalty=0.5"),
+        (("buffer.updates_per_refill=3",), "not divisible"),
+        (("strategy=rl_token", "alpha=1"), "alpha > 1"),
+        (("strategy=rl_traj", "rollout.samples_per_prompt=1"), "2 or more"),
+        (("model.dtype=float64",), "model.dtype=float64"),
+        (("buffer.log_p_old=both",), "auto, engine, trainer"),
+        (("model=hf",), "model.path"),
+    ],
+)
+def test_bad_values_are_named(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(*overrides)
+
+
+def test_every_value_in_conf_is_explained() -> None:
+    """A field carries a comment in one of its group's files, unless its name says all."""
+    plain = {"name", "_target_", "_partial_", "betas", "dtype"}
+    for path in CONF.glob("**/*.yaml"):
+        text = path.read_text()
+        assert text.startswith("#"), f"{path.name} does not say what it is"
+        if path.parent.name not in ("strategy", "optimizer", "rollout", "log_z"):
+            continue
+        known = "\n".join(p.read_text() for p in path.parent.glob("*.yaml"))
+        for key in re.findall(r"^ *(\w+): *[^\s#]", text, flags=re.M):
+            explained = re.search(rf"^ *{key}:[^\n]*#", known, flags=re.M)
+            assert key in plain or explained, f"{path.name}: {key} is not explained"
+
+
+def test_without_vllm_the_portable_engine_takes_over_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("powerflow_lit.config.fallback.find_spec", lambda name: None)
+    config = train_config(with_available_engine(composed()))
+    assert config.rollout.engine["_target_"].endswith("HfEngine")
+    assert "vLLM is not installed" in capsys.readouterr().err
+    OmegaConf.create(config.rollout.engine)
+
+
+def test_configuration_loads_without_torch_or_vllm() -> None:
+    code = (
+        "import sys, powerflow_lit.config.checks, powerflow_lit.config.fallback; "
+        "assert not {'torch', 'vllm', 'lightning', 'transformers'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,70 @@
+"""Arrows between the rooms of the package point down only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "powerflow_lit"
+# room -> third-party packages and rooms that it must never import
+FORBIDDEN = {
+    "types.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config"},
+    "objectives": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
+                   "rollout", "tasks", "module", "datamodule"},
+    "metrics": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
+                "rollout", "tasks", "module", "datamodule"},
+    "corpora": {"torch", "numpy", "lightning", "hydra", "omegaconf", "transformers", "vllm",
+                "config", "models", "rollout", "tasks", "metrics"},
+    "config": {"torch", "lightning", "transformers", "vllm", "models", "rollout", "tasks",
+               "objectives", "metrics", "module", "datamodule"},
+    "models": {"lightning", "hydra", "omegaconf", "vllm", "rollout", "module", "datamodule",
+               "tasks", "objectives", "config"},
+    "tasks": {"lightning", "hydra", "omegaconf", "vllm", "models", "module", "rollout", "config"},
+    "rollout": {"lightning", "hydra", "omegaconf", "objectives", "module", "datamodule", "tasks",
+                "config"},
+    "module.py": {"hydra", "omegaconf", "config"},
+    "datamodule.py": {"hydra", "omegaconf", "config"},
+    "callbacks.py": {"hydra", "omegaconf", "config"},
+    "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
+    "report.py": {"torch", "models", "rollout", "module", "datamodule"},
+}  # fmt: skip
+
+
+def files_of(room: str) -> list[Path]:
+    path = PACKAGE / room
+    return [path] if path.is_file() else sorted(path.glob("**/*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages, and rooms of our own without the package's name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        for module in modules:
+            parts = module.split(".")
+            names.add(parts[1] if parts[0] == "powerflow_lit" and len(parts) > 1 else parts[0])
+    return names
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
+    files = files_of(room)
+    assert files, room
+    for path in files:
+        assert not imported(path) & FORBIDDEN[room], path
+
+
+def test_one_file_imports_vllm() -> None:
+    users = [p.name for p in PACKAGE.glob("**/*.py") if "vllm" in imported(p) - {"rollout"}]
+    assert users == ["vllm_engine.py"]
+
+
+def test_no_source_file_is_longer_than_400_lines() -> None:
+    long = [p.name for p in PACKAGE.glob("**/*.py") if len(p.read_text().splitlines()) > 400]
+    assert long == []
