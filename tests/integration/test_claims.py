@@ -86,5 +86,5 @@ def test_flattening_widens_the_creative_model_without_breaking_it(tmp_path: Path
 def test_tb_traj_drifts_long_and_loses_validity_when_flattening(tmp_path: Path) -> None:
     summary = trained(tmp_path, "task=creative", "strategy=tb_traj")
     base, final = summary["base"], summary["final"]
-    assert val(final, "length_mean") > 1.1 * val(base, "length_mean")
-    assert val(final, "quality") < val(base, "quality") - 0.01
+    assert val(final, "length_mean") > 1.25 * val(base, "length_mean")
+    assert val(final, "quality") < val(base, "quality") - 0.2

@@ -4,8 +4,7 @@ A piece is drawn slot by slot; each slot's options are ranked in an order that d
 prompt, with probability proportional to rank^-2.5, so that the writer repeats itself though it
 knows more. Lengths really differ: jokes of 1 or 2 lines, poems of 2 to 4 (couplets must rhyme),
 stories of 4 to 6; a few ramble on. `parse` decides whether a text is a valid piece for its prompt
-and which mode
-(the choices that make its idea) it belongs to. Standard library only.
+and which mode (the choices that make its idea) it belongs to. Standard library only.
 """
 
 from __future__ import annotations
