@@ -6,12 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class PhaseClock:
-    """Adds up seconds by phase: rollout, score, update, sync, eval."""
+    """Adds up seconds by phase (rollout, score, update, sync, eval) and in all, over resumes."""
 
     def __init__(self) -> None:
+        self._started, self._before = time.perf_counter(), 0.0
         self.total: dict[str, float] = defaultdict(float)
         self._since: dict[str, float] = defaultdict(float)
 
@@ -26,6 +28,19 @@ class PhaseClock:
     def add(self, phase: str, seconds: float) -> None:
         self.total[phase] += seconds
         self._since[phase] += seconds
+
+    @property
+    def wall(self) -> float:
+        """Seconds in all, those before a resume included."""
+        return self._before + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": dict(self.total), "wall": self.wall}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._before = state["wall"]
+        for phase, seconds in state["total"].items():
+            self.total[phase] += seconds
 
     def lap(self) -> dict[str, float]:
         """Seconds by phase since the last lap."""

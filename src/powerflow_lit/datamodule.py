@@ -172,11 +172,16 @@ class RolloutDataModule(L.LightningDataModule):
             self._engine = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"buffer": self.buffer.state_dict(), "tokens_generated": self.tokens_generated}
+        return {
+            "buffer": self.buffer.state_dict(),
+            "tokens_generated": self.tokens_generated,
+            "clock": self.clock.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state_dict["buffer"])
         self.tokens_generated = state_dict["tokens_generated"]
+        self.clock.load_state_dict(state_dict["clock"])
 
     # --- prompts --------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.console import metrics_table, wide_console
-from powerflow_lit.errors import USER_ERRORS
+from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, with_prefix
 from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.models.prompting import encode_prompts
@@ -106,7 +106,7 @@ def _main(cfg: DictConfig) -> None:
         config = typed(with_available_engine(_of_run(cfg)), EvaluateConfig)
         record = run(config)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {root_cause(error)}", file=sys.stderr)
         sys.exit(2)
     title = f"{record['task']}: {record['model']}"
     wide_console().print(metrics_table(title, record["results"]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.console import final_table, phase_line, wide_console
 from powerflow_lit.datamodule import RolloutDataModule
-from powerflow_lit.errors import USER_ERRORS
+from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.resume import checkpoint_of, expand_resume, find_unfinished
 
@@ -50,7 +49,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     Raises:
         ConfigError: the folder already holds a run and `resume` does not name it.
     """
-    started = time.perf_counter()
+    clock = PhaseClock()
     checkpoint = checkpoint_of(run_dir) if config.resume else None
     if checkpoint is None and (run_dir / "metrics.csv").exists() and not config.resume:
         raise ConfigError(
@@ -59,7 +58,6 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         )
     run_folder.write_configs(run_dir, as_dict(config), overrides)
     L.seed_everything(config.seed, verbose=False)
-    clock = PhaseClock()
     policy, tokenizer = build_model(config.model)
     task = instantiate(config.task.build)
     module = build_module(config, policy)
@@ -93,12 +91,13 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
             run_folder.export(policy, tokenizer, run_dir)
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
+        print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
         raise
     finally:
         data.close()
         for callback in callbacks:
             getattr(callback, "stop", lambda: None)()
-        summary = _summary(config, status, module, data, evaluation, clock, started)
+        summary = _summary(config, status, module, data, evaluation, clock)
         run_folder.write_summary(run_dir, summary)
         if config.logger.name == "wandb":
             _finish_wandb(loggers[-1], summary)
@@ -112,7 +111,6 @@ def _summary(
     data: RolloutDataModule,
     evaluation: Evaluation,
     clock: PhaseClock,
-    started: float,
 ) -> dict[str, Any]:
     return {
         "status": status,
@@ -128,7 +126,7 @@ def _summary(
         "base": evaluation.base,
         "base_decodings": evaluation.base_decodings,
         "final": evaluation.final,
-        "wall_s": round(time.perf_counter() - started, 2),
+        "wall_s": round(clock.wall, 2),
         "phases": {name: round(seconds, 2) for name, seconds in clock.total.items()},
         "tokens": data.tokens_generated,
         "versions": run_folder.versions(),
@@ -172,6 +170,12 @@ def announce(config: TrainConfig, run_dir: Path) -> None:
         print(f"W&B {mode}{hint if mode == 'offline' else ''}")
 
 
+def _job_folder(run_dir: str, output_dir: str, overrides: Sequence[str]) -> str:
+    """The folder of a multirun's job: Hydra's, or one below the run_dir that was typed."""
+    typed = any(override.startswith("run_dir=") for override in overrides)
+    return str(Path(run_dir) / Path(output_dir).name) if typed else output_dir
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
 def _main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
@@ -179,7 +183,7 @@ def _main(cfg: DictConfig) -> float | None:
     try:
         config = train_config(with_available_engine(cfg))
         if hydra_config.mode == RunMode.MULTIRUN:
-            config.run_dir = hydra_config.runtime.output_dir
+            config.run_dir = _job_folder(config.run_dir, hydra_config.runtime.output_dir, overrides)
         elif config.resume == "auto":
             config.run_dir = str(find_unfinished(config) or config.run_dir)
         run_dir = Path(config.run_dir)
@@ -190,7 +194,7 @@ def _main(cfg: DictConfig) -> float | None:
         # a job of a multirun must raise, or the sweep would take it for finished
         if hydra_config.mode == RunMode.MULTIRUN:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {root_cause(error)}", file=sys.stderr)
         sys.exit(2)
     wide_console().print(
         final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n"

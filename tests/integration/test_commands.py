@@ -131,6 +131,7 @@ def test_a_multirun_runs_every_job_in_one_process(
         ("strategy=rl_traj alpha=0.5", ("alpha=0.5", "alpha > 1")),
         ("log_z=group rollout.samples_per_prompt=1", ("samples_per_prompt=1", "2 or more")),
         ("rollout.prompts_per_refill=15", ("15", "divisible")),
+        ("strategy.objective.weight.kind=seq", ("'seq'", "seq_sum")),
         ("optimizer.lr=fast", ("optimizer.lr", "fast")),
         ("model=hf model.path=./nowhere", ("./nowhere", "no such folder")),
         ("model=tiny_instruct", ("does not know the words", "model=tiny")),

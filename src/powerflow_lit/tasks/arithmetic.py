@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from itertools import islice
 
 from powerflow_lit.corpora import arithmetic as corpus
-from powerflow_lit.tasks.base import Sampled, Task, correctness_metrics, mean, text_metrics
-from powerflow_lit.tasks.boxed import last_boxed
+from powerflow_lit.tasks.boxed import BoxedAnswers
 from powerflow_lit.types import Prompt
 
 
-class Arithmetic(Task):
+class Arithmetic(BoxedAnswers):
     """Generated problems; training, evaluation and pretraining sets are disjoint by a hash.
 
     Args:
@@ -31,27 +30,6 @@ class Arithmetic(Task):
 
     def eval_prompts(self) -> Sequence[Prompt]:
         return self._eval
-
-    def is_formatted(self, response: str) -> bool:
-        return last_boxed(response) is not None
-
-    def is_correct(self, prompt: Prompt, response: str) -> bool:
-        answer = last_boxed(response)
-        return answer is not None and answer == prompt.reference
-
-    def evaluate(self, samples: Sequence[Sampled]) -> dict[str, float]:
-        texts = [[r.text for r in s.responses] for s in samples]
-        answers = [[last_boxed(t) for t in row] for row in texts]
-        correct = [
-            [a is not None and a == s.prompt.reference for a in row]
-            for s, row in zip(samples, answers, strict=True)
-        ]
-        format_rate = mean([a is not None for row in answers for a in row])
-        return {
-            **correctness_metrics(answers, correct),
-            "format_rate": format_rate,
-            **text_metrics(samples),
-        }
 
 
 def _prompts(split: corpus.Split, size: int, seed: int) -> list[Prompt]:

@@ -1,6 +1,11 @@
-"""Answers in `\\boxed{}`: extraction with brace matching."""
+"""Tasks whose answers stand in `\\boxed{}`: extraction with brace matching, and their figures."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from powerflow_lit.tasks.base import Sampled, Task, correctness_metrics, mean, text_metrics
+from powerflow_lit.types import Prompt
 
 MARK = "\\boxed{"
 
@@ -16,3 +21,34 @@ def last_boxed(text: str) -> str | None:
                 return text[start + len(MARK) : position].strip()
         start = text.rfind(MARK, 0, start)
     return None
+
+
+class BoxedAnswers(Task):
+    """A task with reference answers, the response's being its last `\\boxed{}`."""
+
+    def is_formatted(self, response: str) -> bool:
+        return last_boxed(response) is not None
+
+    def same_answer(self, answer: str, reference: str) -> bool:
+        """Whether an extracted answer is the reference's."""
+        return answer == reference
+
+    def is_correct(self, prompt: Prompt, response: str) -> bool | None:
+        return self._is_right(prompt, last_boxed(response))
+
+    def evaluate(self, samples: Sequence[Sampled]) -> dict[str, float]:
+        answers = [[last_boxed(r.text) for r in s.responses] for s in samples]
+        correct = [
+            [bool(self._is_right(s.prompt, a)) for a in row]
+            for s, row in zip(samples, answers, strict=True)
+        ]
+        return {
+            **correctness_metrics(answers, correct),
+            "format_rate": mean([a is not None for row in answers for a in row]),
+            **text_metrics(samples),
+        }
+
+    def _is_right(self, prompt: Prompt, answer: str | None) -> bool | None:
+        if prompt.reference is None:
+            return None
+        return answer is not None and self.same_answer(answer, prompt.reference)
