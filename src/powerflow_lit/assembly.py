@@ -148,15 +148,19 @@ def build_callbacks(
         base_decodings=[Decoding(d.temperature, d.min_p) for d in chosen.evaluation.base_decodings],
         clock=clock,
     )
+    steps = StepMetrics(clock)
     return evaluation, [
-        StepMetrics(clock),
+        steps,
         evaluation,
         SelfCheck(
             every_n_refills=chosen.selfcheck.every_n_refills, prompts=chosen.selfcheck.prompts
         ),
         Samples(run_dir, per_refill=chosen.samples.per_refill),
         RefillProgress(
-            evaluation, every_n_refills=chosen.console.every_n_refills, headline=task.headline
+            steps,
+            evaluation,
+            every_n_refills=chosen.console.every_n_refills,
+            headline=task.headline,
         ),
         # last, so that a checkpoint holds what the others logged
         Checkpoint(run_dir, every_n_refills=chosen.checkpoint.every_n_refills),
@@ -192,7 +196,8 @@ def wandb_mode(mode: str) -> str:
     """`auto` is online with a key or a login, offline otherwise; WANDB_MODE has the first word."""
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "online" if _has_wandb_login() else "offline")
-    return mode
+    # Lightning leaves the old name behind when a run was offline
+    return "offline" if mode == "dryrun" else mode
 
 
 def _has_wandb_login() -> bool:

@@ -45,6 +45,7 @@ class StepMetrics(Callback):
 
     def __init__(self, clock: PhaseClock) -> None:
         self.clock = clock
+        self.performance: dict[str, float] = {}  # of the last refill
         self._start = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -66,7 +67,8 @@ class StepMetrics(Callback):
         if batch_idx == 0:
             metrics |= data.refill_metrics
         if trainer.is_last_batch:
-            metrics |= self._performance(data)
+            self.performance = self._performance(data)
+            metrics |= self.performance
         log(trainer, metrics, step=trainer.global_step, refill=trainer.current_epoch + 1)
 
     def _performance(self, data: RolloutDataModule) -> dict[str, float]:
@@ -119,7 +121,7 @@ class Evaluation(Callback):
     def _evaluate(self, trainer: L.Trainer, decoding: Decoding) -> dict[str, float]:
         _, data = _parts(trainer)
         data.sync_engine()
-        prompts = data.task.eval_prompts()
+        prompts = data.eval_prompts
         total = len(prompts) * (
             1 if decoding.temperature == 0 else self.settings.samples_per_prompt
         )
@@ -133,6 +135,7 @@ class Evaluation(Callback):
                 data.engine,
                 data.tokenizer,
                 data.task,
+                prompts,
                 data.encode(prompts),
                 decoding,
                 self.settings,
@@ -194,13 +197,14 @@ class Samples(Callback):
         self.folder, self.per_refill = folder, per_refill
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _, data = _parts(trainer)
+        module, data = _parts(trainer)
         newest = data.buffer.newest
         step = max(len(newest) // max(self.per_refill, 1), 1)
         chosen = newest[::step][: self.per_refill]
-        append_samples(self.folder, trainer.current_epoch + 1, chosen)
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            rows = sample_rows(trainer.current_epoch + 1, newest)
+        refill, psi = trainer.current_epoch + 1, module.format_penalty
+        append_samples(self.folder, sample_rows(refill, chosen, psi))
+        if refill == trainer.max_epochs:
+            rows = sample_rows(refill, newest, psi)
             columns = list(rows[0])
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):

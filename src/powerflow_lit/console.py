@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
-from powerflow_lit.callbacks import Evaluation
+from powerflow_lit.callbacks import Evaluation, StepMetrics
 from powerflow_lit.datamodule import RolloutDataModule
 
 # columns of a refill's line: (label, metric, format)
@@ -32,13 +32,15 @@ FINAL = (
 class RefillProgress(Callback):
     """A live bar on a terminal, and one line for every few refills anywhere."""
 
-    def __init__(self, evaluation: Evaluation, *, every_n_refills: int, headline: str) -> None:
+    def __init__(
+        self, steps: StepMetrics, evaluation: Evaluation, *, every_n_refills: int, headline: str
+    ) -> None:
+        self.steps = steps
         self.evaluation, self.every_n_refills, self.headline = evaluation, every_n_refills, headline
         self.console = wide_console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._phase, self._since = "", 0.0
-        self._refill_started = time.perf_counter()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -64,8 +66,10 @@ class RefillProgress(Callback):
         note = f"{done}/{total}" + (f"  {speed:,.0f} tok/s" if tokens else "")
         self._progress.update(self._task, description=phase, completed=done, total=total, note=note)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.show("update", trainer.global_step % 10, 10, 0)
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.show("update", batch_idx + 1, int(trainer.num_training_batches), 0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         refill = trainer.current_epoch + 1
@@ -78,10 +82,7 @@ class RefillProgress(Callback):
     def _line(self, refill: int, refills: int, data: RolloutDataModule) -> str:
         metrics = data.refill_metrics
         parts = [f"{name} {metrics[key]:{fmt}}" for name, key, fmt in LINE if key in metrics]
-        now = time.perf_counter()
-        tokens = sum(t.length for t in data.buffer.newest)
-        parts.append(f"{tokens / (now - self._refill_started):,.0f} tok/s")
-        self._refill_started = now
+        parts.append(f"{self.steps.performance['perf/tokens_per_s']:,.0f} tok/s")
         if refill % self.evaluation.every_n_refills == 0 or refill == refills:
             value = self.evaluation.final.get(f"val/{self.headline}")
             if value is not None:

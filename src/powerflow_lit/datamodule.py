@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.clock import PhaseClock
@@ -29,6 +30,7 @@ from powerflow_lit.types import (
 )
 
 LogPOld = Literal["auto", "engine", "trainer"]
+Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
 Progress = Callable[[str, int, int, int], None]  # phase, done, total, tokens
 
@@ -45,29 +47,6 @@ class RolloutSettings:
     logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
     logp_gap_limit: float  # nats, largest tolerated difference of one token
     tokens_per_microbatch: int  # of the scoring passes
-
-
-class UpdateLoader:
-    """Iterates over the updates of a refill; its cursor is part of the checkpoint."""
-
-    def __init__(self, updates: Sequence[TrajectoryBatch]) -> None:
-        self._updates = updates
-        self._cursor = 0
-
-    def __len__(self) -> int:
-        return len(self._updates)
-
-    def __iter__(self) -> Iterator[TrajectoryBatch]:
-        for i in range(self._cursor, len(self._updates)):
-            self._cursor = i + 1
-            yield self._updates[i]
-        self._cursor = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"cursor": self._cursor}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._cursor = state["cursor"] % max(len(self._updates), 1)
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -106,7 +85,10 @@ class RolloutDataModule(L.LightningDataModule):
         self.on_progress: Progress | None = None
         self._engine_factory = engine_factory
         self._engine: RolloutEngine | None = None
-        self._prompts, self._prompt_ids = self._usable_prompts(task.train_prompts())
+        self._prompts, self._prompt_ids = self._usable_prompts(
+            task.train_prompts(), settings.prompts_per_refill
+        )
+        self.eval_prompts, _ = self._usable_prompts(task.eval_prompts(), 1)
 
     @property
     def engine(self) -> RolloutEngine:
@@ -121,18 +103,17 @@ class RolloutDataModule(L.LightningDataModule):
         assert isinstance(module, PowerFlowModule)
         return module
 
-    def train_dataloader(self) -> UpdateLoader:
+    def train_dataloader(self) -> DataLoader[TrajectoryBatch]:
+        """The updates until the next refill, which is made first unless the buffer holds it."""
         assert self.trainer is not None
         if self.buffer.refill != self.trainer.current_epoch:
             self.refill(self.trainer.current_epoch)
-        return UpdateLoader(self.buffer.updates(self.pad_id))
+        # each update is a batch already; a bare list would be taken for several data loaders
+        updates: Any = self.buffer.updates(self.pad_id)
+        return DataLoader(updates, batch_size=None)
 
     def refill(self, index: int) -> None:
-        """Sync the engine, sample, score under the base and store refill `index`.
-
-        Raises:
-            EngineError: engine and trainer disagree on the log-probs of the same tokens.
-        """
+        """Sync the engine, sample, score under the base and store refill `index`."""
         module, settings = self._module, self.settings
         self.sync_engine()
         prompts = self._prompts_of(index)
@@ -158,12 +139,24 @@ class RolloutDataModule(L.LightningDataModule):
         self.refill_metrics = {**rollout_metrics(trajectories), **gap}
 
     def sync_engine(self) -> None:
-        """Give the engine the policy's weights, unless it has them."""
+        """Give the engine the policy's weights, unless it has them, and check that they took.
+
+        Raises:
+            EngineError: engine and trainer disagree on the log-probs of the same tokens.
+        """
         version = self._module.global_step
         engine = self.engine
-        if engine.policy_version != version:
-            with self.clock("sync"):
-                engine.sync(policy_weights(self._module.policy), version)
+        if engine.policy_version == version:
+            return
+        with self.clock("sync"):
+            engine.sync(policy_weights(self._module.policy), version)
+            few = self.settings.logp_gap_trajectories
+            rows = [(t.prompt_ids, t.response_ids) for t in self.buffer.newest[:few]]
+            # before the first refill, the prompts themselves are the text to agree on
+            rows = rows or [(ids[:1], ids[1:]) for ids in list(self._prompt_ids.values())[:few]]
+            pairs = zip(self._log_probs(self._module.policy, rows), engine.score(rows), strict=True)
+            gap = max(float((ours - torch.tensor(theirs)).abs().max()) for ours, theirs in pairs)
+            self._refuse_gap(gap)
 
     def close(self) -> None:
         """Free the engine; safe to call twice."""
@@ -191,15 +184,16 @@ class RolloutDataModule(L.LightningDataModule):
         return [encoded[p.id] for p in prompts]
 
     def _usable_prompts(
-        self, prompts: Sequence[Prompt]
+        self, prompts: Sequence[Prompt], needed: int
     ) -> tuple[list[Prompt], dict[int, tuple[int, ...]]]:
+        """Prompts within the token limit, and all prompts' token ids."""
         ids = dict(zip([p.id for p in prompts], self.encode(prompts), strict=True))
         limit = self.settings.max_prompt_tokens
         usable = [p for p in prompts if len(ids[p.id]) <= limit]
-        if len(usable) < self.settings.prompts_per_refill:
+        if len(usable) < needed:
             raise TaskError(
                 f"task {self.task.name} has {len(usable)} of {len(prompts)} prompts within "
-                f"{limit} tokens, but a refill takes {self.settings.prompts_per_refill}: lower "
+                f"{limit} tokens, but {needed} are needed at once: lower "
                 "rollout.prompts_per_refill or raise rollout.max_prompt_tokens"
             )
         if len(usable) < len(prompts):
@@ -247,9 +241,10 @@ class RolloutDataModule(L.LightningDataModule):
     @torch.no_grad()
     def _scored(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
         """With base log-probs, and behaviour log-probs from the engine or the trainer."""
-        log_p_base = self._log_probs(self._module.base, trajectories, "score")
+        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        log_p_base = self._log_probs(self._module.base, rows, "score")
         few = trajectories[: self.settings.logp_gap_trajectories]
-        ours = self._log_probs(self._module.policy, few)
+        ours = self._log_probs(self._module.policy, rows[: len(few)])
         gap = torch.cat([(a - t.log_p_old).abs() for a, t in zip(ours, few, strict=True)])
         self._refuse_gap(float(gap.max()))
         mean_length = mean([t.length for t in trajectories])
@@ -259,7 +254,7 @@ class RolloutDataModule(L.LightningDataModule):
         log_p_old = (
             [t.log_p_old for t in trajectories]
             if use_engine
-            else self._log_probs(self._module.policy, trajectories)
+            else self._log_probs(self._module.policy, rows)
         )
         scored = [
             replace(t, log_p_base=b, log_p_old=o)
@@ -271,10 +266,13 @@ class RolloutDataModule(L.LightningDataModule):
             "rollout/log_p_old_from_engine": float(use_engine),
         }
 
+    @torch.no_grad()
     def _log_probs(
-        self, model: Any, trajectories: Sequence[Trajectory], report: str | None = None
+        self, model: Any, rows: Sequence[Row], report: str | None = None
     ) -> list[torch.Tensor]:
-        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        """Log-probs of the responses of (prompt ids, response ids) rows, in the precision of
+        training, (L,) nats each."""
+        assert self.trainer is not None
         done = 0
 
         def count(rows_done: int) -> None:
@@ -284,21 +282,22 @@ class RolloutDataModule(L.LightningDataModule):
                 self._report(report, done, len(rows), 0)
 
         batch = TokenBatch.collate(rows, self.pad_id).to(self._module.device)
-        scores = response_scores(
-            model,
-            batch,
-            tokens_per_microbatch=self.settings.tokens_per_microbatch,
-            on_progress=count,
-        )
+        with self.trainer.precision_plugin.forward_context():
+            scores = response_scores(
+                model,
+                batch,
+                tokens_per_microbatch=self.settings.tokens_per_microbatch,
+                on_progress=count,
+            )
         log_prob = scores.log_prob.float().cpu()
-        return [row[: t.length] for row, t in zip(log_prob, trajectories, strict=True)]
+        return [row[: len(response)] for row, (_, response) in zip(log_prob, rows, strict=True)]
 
     def _refuse_gap(self, gap: float) -> None:
         if not gap <= self.settings.logp_gap_limit:
             raise EngineError(
                 f"engine and trainer disagree by {gap:.4f} nats on a token they both scored "
                 f"(limit {self.settings.logp_gap_limit}): the rollouts are not the policy's. "
-                "Check rollout.dtype against model.dtype, or raise rollout.logp_gap_limit"
+                "check rollout.engine.dtype against model.dtype, or raise rollout.logp_gap_limit"
             )
 
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:

@@ -1,6 +1,6 @@
 """Sample a model on a task's evaluation prompts and score what it says.
 
-python -m powerflow_lit.evaluate run=outputs/...               # what a run exported
+python -m powerflow_lit.evaluate run=outputs/...               # a run's policy
 python -m powerflow_lit.evaluate model=tiny task=arithmetic    # a base, several decodings
 """
 
@@ -28,12 +28,15 @@ from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, with_prefix
 from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.models.prompting import encode_prompts
+from powerflow_lit.resume import checkpoint_of, policy_state
 from powerflow_lit.run_folder import versions
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Metrics by decoding, also written to `evaluation.json` in the output folder."""
     model, tokenizer = build_model(config.model)
+    if config.run is not None and not (Path(config.run) / "export").is_dir():
+        model.load_state_dict(policy_state(Path(config.run)))
     task = instantiate(config.task.build)
     prompts = task.eval_prompts()
     ids = encode_prompts(tokenizer, prompts, config.model.prompt_route)  # type: ignore[arg-type]
@@ -62,6 +65,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                     engine,
                     tokenizer,
                     task,
+                    prompts,
                     [ids[p.id] for p in prompts],
                     decoding,
                     settings,
@@ -89,15 +93,19 @@ def _advance(progress: Progress, bar: TaskID, done: int, tokens: int) -> None:
 
 
 def _of_run(cfg: DictConfig) -> DictConfig:
-    """With `run=`: the run's own model (its export) and task in place of the defaults."""
+    """With `run=`: the run's own model and task in place of the defaults."""
     if cfg.run is None:
         return cfg
     folder = Path(cfg.run)
-    if not (folder / "export").is_dir() or not (folder / "config.yaml").exists():
-        raise ConfigError(f"run={cfg.run}: no exported policy there (config.yaml and export/)")
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"run={cfg.run}: no run folder there (no config.yaml)")
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    saved["model"] |= {"path": str(folder / "export")}
-    return OmegaConf.merge(cfg, {"model": saved["model"], "task": saved["task"]})  # type: ignore[return-value]
+    if (folder / "export").is_dir():
+        saved["model"]["path"] = str(folder / "export")
+    elif checkpoint_of(folder) is None:
+        raise ConfigError(f"run={cfg.run}: neither an export/ nor a checkpoint there yet")
+    task = saved["task"] | {"max_new_tokens": saved["rollout"]["max_new_tokens"]}
+    return OmegaConf.merge(cfg, {"model": saved["model"], "task": task})  # type: ignore[return-value]
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")

@@ -40,6 +40,7 @@ def evaluate(
     engine: RolloutEngine,
     tokenizer: Tokenizer,
     task: Task,
+    prompts: Sequence[Prompt],
     prompt_ids: Sequence[tuple[int, ...]],
     decoding: Decoding,
     settings: EvaluationSettings,
@@ -48,9 +49,8 @@ def evaluate(
     """`val/` metrics (without the prefix) of the engine's present weights.
 
     Args:
-        prompt_ids: token ids of `task.eval_prompts()`, in order.
+        prompts, prompt_ids: the task's evaluation prompts and their token ids, in order.
     """
-    prompts = task.eval_prompts()
     greedy = decoding.temperature == 0
     sampling = Sampling(
         samples_per_prompt=1 if greedy else settings.samples_per_prompt,

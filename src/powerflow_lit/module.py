@@ -80,8 +80,6 @@ class PowerFlowModule(L.LightningModule):
         self.tokens_per_microbatch = tokens_per_microbatch
         self.step_metrics: dict[str, Tensor] = {}
         self.skipped_steps = 0
-        # the base lives outside the module tree, so strict loading must not miss it
-        self.strict_loading = False
 
     @property
     def base(self) -> PreTrainedModel:
@@ -97,6 +95,7 @@ class PowerFlowModule(L.LightningModule):
     # --- the method -----------------------------------------------------------------------------
 
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor | None:
+        self.step_metrics = {}
         scores = self.policy_scores(batch)  # log pi_theta, with gradient
         inputs = self.loss_inputs(batch, scores.log_prob)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
@@ -106,7 +105,6 @@ class PowerFlowModule(L.LightningModule):
             self._skip_step(str(error))
             return None
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
-        self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
         return self.loss_scale * output.loss
 
     def policy_scores(self, batch: TrajectoryBatch) -> Scores:
@@ -168,7 +166,8 @@ class PowerFlowModule(L.LightningModule):
     @torch.no_grad()
     def residual(self, batch: TrajectoryBatch) -> Tensor:
         """Residuals of given trajectories under the policy as it is now, (N,), for self-checks."""
-        scores = self.policy_scores(batch)
+        with self.trainer.precision_plugin.forward_context():
+            scores = self.policy_scores(batch)
         # judged at their own merit: no importance weight between the policy and whoever drew them
         inputs = replace(self.loss_inputs(batch, scores.log_prob), log_p_old=scores.log_prob)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))

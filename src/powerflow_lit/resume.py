@@ -36,6 +36,14 @@ def checkpoint_of(run_dir: Path) -> ResumePoint | None:
     return ResumePoint(path, (state["global_step"], state["epoch"] + 1))
 
 
+def policy_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The policy's weights in a run's last checkpoint, for a run that has not exported yet."""
+    path = run_dir / "checkpoints" / "last.ckpt"
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "policy."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def expand_resume(arguments: Sequence[str]) -> list[str]:
     """`resume=<run folder>` brings along what was typed for that run, and its folder.
 
@@ -61,7 +69,8 @@ def find_unfinished(config: TrainConfig) -> Path | None:
     wanted = config_hash(as_dict(config))
     twins = [
         path.parent
-        for path in given.parent.glob("*/config.yaml")
+        # alpha=4 and alpha=4.0 are spelt apart in the folder above
+        for path in given.parent.parent.glob("*/*/config.yaml")
         if config_hash(yaml.safe_load(path.read_text())) == wanted
         and (read_summary(path.parent) or {}).get("status") != "finished"
     ]

@@ -41,7 +41,7 @@ class MetricsCsv(Logger):
             with self.path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self._columns = list(reader.fieldnames or self._columns)
-                self._rows = [dict(r) for r in reader if int(r["step"] or 0) <= keep_until]
+                self._rows = [dict(r) for r in reader if _complete(r, keep_until)]
         self._write_all()
 
     @property
@@ -80,10 +80,15 @@ class MetricsCsv(Logger):
         os.replace(aside, self.path)
 
 
-def append_samples(folder: Path, refill: int, trajectories: Sequence[Trajectory]) -> None:
-    """Add rollouts to samples.jsonl, a line each."""
+def _complete(row: Mapping[str, str | None], keep_until: int) -> bool:
+    """Whether a row was written whole and belongs to the steps to keep."""
+    return None not in row.values() and int(row["step"] or 0) <= keep_until
+
+
+def append_samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add `sample_rows` to samples.jsonl, a line each."""
     with (folder / "samples.jsonl").open("a") as file:
-        for row in sample_rows(refill, trajectories):
+        for row in rows:
             file.write(json.dumps(row) + "\n")
 
 
@@ -91,12 +96,19 @@ def cut_samples(folder: Path, refills: int) -> None:
     """Drop the samples of refills that the resumed checkpoint does not hold."""
     path = folder / "samples.jsonl"
     if path.exists():
-        kept = [r for r in path.read_text().splitlines() if json.loads(r)["refill"] <= refills]
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines(keepends=True)
+        # a line without its end was being written when the run was killed
+        whole = [line for line in lines if line.endswith("\n")]
+        path.write_text("".join(x for x in whole if json.loads(x)["refill"] <= refills))
 
 
-def sample_rows(refill: int, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
-    """What samples.jsonl and the W&B table say of a rollout; log-probs summed, in nats."""
+def sample_rows(
+    refill: int, trajectories: Sequence[Trajectory], format_penalty: float
+) -> list[dict[str, Any]]:
+    """What samples.jsonl and the W&B table say of a rollout; log-probs summed, in nats.
+
+    `format_penalty` is the strategy's psi of a response without the format.
+    """
     return [
         {
             "refill": refill,
@@ -105,7 +117,7 @@ def sample_rows(refill: int, trajectories: Sequence[Trajectory]) -> list[dict[st
             "length": t.length,
             "log_p_base": float(t.log_p_base.sum()),
             "log_pf": float(t.log_p_old.sum()),
-            "format_penalty": not t.formatted,
+            "format_penalty": 0.0 if t.formatted else format_penalty,
             "correct": t.correct,
         }
         for t in trajectories
@@ -165,6 +177,7 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed copy is in nobody's history
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -86,9 +86,9 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     try:
         path = str(checkpoint.path) if checkpoint else None
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
-        status = "finished"
         if config.callbacks.export:
             run_folder.export(policy, tokenizer, run_dir)
+        status = "finished"
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
@@ -166,7 +166,8 @@ def announce(config: TrainConfig, run_dir: Path) -> None:
     )
     if config.logger.name == "wandb":
         mode = wandb_mode(config.logger.mode)
-        hint = f" (no key or login: upload later with `wandb sync {run_dir}/wandb/offline-run-*`)"
+        why = "no key or login: " if config.logger.mode == "auto" else ""
+        hint = f" ({why}upload later with `wandb sync {run_dir}/wandb/offline-run-*`)"
         print(f"W&B {mode}{hint if mode == 'offline' else ''}")
 
 

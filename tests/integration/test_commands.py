@@ -148,6 +148,20 @@ def test_a_wrong_setting_is_refused_in_one_line(
     assert all(word in line for word in words), line
 
 
+def test_an_off_policy_annealed_run_keeps_old_refills_and_weighs_them(tmp_path: Path) -> None:
+    off_policy = ("buffer.max_staleness=2", "buffer.updates_per_refill=4", "refills=3")
+    chosen = ("alpha_schedule=anneal", "log_z=group", "optimizer.lr=2e-3")
+    train(tmp_path, "debug=fast", "rollout=hf", "logger=none", *off_policy, *chosen)
+    rows = rows_of(only_run(tmp_path))
+    assert [int(r["step"]) for r in rows] == list(range(13))
+    alphas = [float(r["train/alpha"]) for r in rows if r["train/alpha"]]
+    assert alphas[0] == 1.0
+    assert alphas[-1] == 4.0
+    last = rows[-1]
+    assert float(last["train/ess"]) < 0.999, "stale trajectories have unequal raw weights"
+    assert 0.8 <= float(last["train/is_weight_min"]) <= float(last["train/is_weight_max"]) <= 1.2001
+
+
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
     train(tmp_path, "debug=fast", "rollout=hf", "logger=none", "run_dir=mine")
     again = train(tmp_path, "debug=fast", "rollout=hf", "run_dir=mine", check=False)

@@ -56,7 +56,15 @@ def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) 
 
 def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "powerflow_lit.train", *QUICK, "refills=500", "run_dir=run"],
+        [
+            sys.executable,
+            "-m",
+            "powerflow_lit.train",
+            *QUICK,
+            "refills=500",
+            "run_dir=run",
+            "logger=wandb",
+        ],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
@@ -74,6 +82,32 @@ def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> 
     assert process.returncode != 0
     assert summary_of(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
-    time.sleep(1)
+    time.sleep(2)
     left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True)
     assert left.stdout == "", "no process of the run's session is left"
+    # a run without an export yet is evaluated from its checkpoint
+    command = [sys.executable, "-m", "powerflow_lit.evaluate", "run=run", "rollout=hf"]
+    small = ["samples_per_prompt=1", "decodings=[{temperature: 0.0, min_p: 0.0}]", "output=scored"]
+    subprocess.run([*command, *small], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "scored" / "evaluation.json").exists()
+
+
+def test_resume_auto_finds_the_unfinished_twin(tmp_path: Path) -> None:
+    settings = [*QUICK, "rollout=hf", "alpha=2"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "powerflow_lit.train", *settings],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if line.startswith("refill   1/4"):
+            killed.kill()
+            break
+    killed.wait()
+    train(tmp_path, *settings, "resume=auto")
+    (metrics,) = tmp_path.glob("outputs/**/metrics.csv")
+    assert summary_of(metrics.parent)["status"] == "finished"
+    assert [int(r["step"]) for r in rows_of(metrics.parent)] == list(range(9))

@@ -73,6 +73,17 @@ def test_a_stale_buffer_is_sampled_from_all_its_refills() -> None:
     assert versions.tolist() == [0, 2, 4, 6]
 
 
+def test_an_update_never_holds_a_group_twice() -> None:
+    held = buffer(staleness=1, updates=4, prompts_per_update=3)
+    for refill in range(2):
+        held.add(trajectories(refill), refill)
+        for update in held.updates(pad_id=0):
+            _, counts = update.prompt_index.unique(return_counts=True)
+            assert counts.tolist() == [3, 3, 3]
+        seen = torch.cat([u.prompt_index for u in held.updates(pad_id=0)]).unique()
+        assert len(seen) == 4 * (refill + 1), "twelve places hold every group at least once"
+
+
 def test_the_order_is_a_function_of_seed_and_refill() -> None:
     def order(seed: int) -> list[int]:
         held = ReplayBuffer(

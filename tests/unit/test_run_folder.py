@@ -53,11 +53,14 @@ def test_samples_say_what_was_asked_answered_and_scored(tmp_path: Path) -> None:
         response="2", truncated=False, formatted=False, correct=False, policy_version=0,
         log_p_old=torch.tensor([-0.5, -0.25]), log_p_base=torch.tensor([-1.0, -0.5]),
     )  # fmt: skip
-    run_folder.append_samples(tmp_path, 1, [trajectory])
-    run_folder.append_samples(tmp_path, 2, [trajectory])
+    for refill in (1, 2):
+        run_folder.append_samples(tmp_path, run_folder.sample_rows(refill, [trajectory], -0.5))
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"refill": 1, "pro')  # killed while writing
     run_folder.cut_samples(tmp_path, 1)
     (row,) = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert row["refill"] == 1
+    assert row["format_penalty"] == -0.5
     assert row["prompt"] == "Compute 1 + 1."
     assert (row["length"], row["log_p_base"], row["log_pf"]) == (2, -1.5, -0.75)
 

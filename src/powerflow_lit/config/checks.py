@@ -58,6 +58,7 @@ def _check_ranges(config: TrainConfig) -> None:
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("buffer.log_p_old", config.buffer.log_p_old, ("auto", "engine", "trainer"))
     _one_of("logger.mode", config.logger.mode, ("auto", "online", "offline"))
+    _one_of("model.engine_dtype", config.model.engine_dtype, ("float32", "bfloat16", "float16"))
     psi = config.strategy.format_penalty
     _require(psi <= 0, f"strategy.format_penalty={psi}: a penalty is 0 or negative")
     at_least_one = {
@@ -66,6 +67,9 @@ def _check_ranges(config: TrainConfig) -> None:
         "rollout.samples_per_prompt": config.rollout.samples_per_prompt,
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
         "buffer.updates_per_refill": config.buffer.updates_per_refill,
+        "rollout.logp_gap_trajectories": config.rollout.logp_gap_trajectories,
+        "callbacks.evaluation.samples_per_prompt": config.callbacks.evaluation.samples_per_prompt,
+        "callbacks.selfcheck.prompts": config.callbacks.selfcheck.prompts,
         "callbacks.evaluation.every_n_refills": config.callbacks.evaluation.every_n_refills,
         "callbacks.selfcheck.every_n_refills": config.callbacks.selfcheck.every_n_refills,
         "callbacks.checkpoint.every_n_refills": config.callbacks.checkpoint.every_n_refills,
@@ -73,6 +77,11 @@ def _check_ranges(config: TrainConfig) -> None:
     }
     for name, value in at_least_one.items():
         _require(value >= 1, f"{name}={value}: must be 1 or more")
+
+    staleness = config.buffer.max_staleness
+    _require(staleness >= 0, f"buffer.max_staleness={staleness}: must be 0 or more")
+    betas = config.optimizer.betas
+    _require(len(betas) == 2, f"optimizer.betas={betas}: AdamW takes two, e.g. [0.9, 0.95]")
 
 
 def _check_combinations(config: TrainConfig) -> None:
@@ -88,6 +97,12 @@ def _check_combinations(config: TrainConfig) -> None:
         not is_rl or config.alpha > 1,
         f"alpha={config.alpha} with strategy={config.strategy.name}: beta = 1/(alpha-1) must be "
         "positive, so alpha > 1; for alpha < 1 take a balance strategy",
+    )
+    start = config.alpha_schedule.get("start", config.alpha)
+    _require(
+        not is_rl or start > 1,
+        f"alpha_schedule.start={start} with strategy={config.strategy.name}: needs alpha > 1 from "
+        "the start",
     )
     log_z = str(config.log_z.get("_target_", "")).rpartition(".")[2]
     needs_group = is_rl or log_z in ("GroupLogZ", "GroupLooLogZ")

@@ -15,6 +15,7 @@ class ModelConfig:
     path: str = MISSING
     prompt_route: str = MISSING
     dtype: str = MISSING
+    engine_dtype: str = MISSING
     attn_implementation: str = MISSING
     trust_remote_code: bool = MISSING
     threads: int | None = MISSING

@@ -2,7 +2,6 @@
 
 from powerflow_lit.objectives.balance import (
     BalanceObjective,
-    balance_loss,
     la_tb,
     la_tb_mismatch,
     powerflow,
@@ -30,7 +29,6 @@ __all__ = [
     "NonFiniteInputError",
     "ObjectiveError",
     "PolicyGradientObjective",
-    "balance_loss",
     "group_log_z",
     "la_tb",
     "la_tb_mismatch",

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,21 +55,22 @@ def tb_token_mismatch(
     """TB on a token-averaged energy; the paper leaves its form open, so three readings stand.
 
     `energy`: S - B - k (alpha - 1)(b + psi), the TB twin of RL-token, with k = `scale` (tokens;
-    the mean length of the first refill by default). `power`: S - alpha (b + psi).
-    `per_token`: the mismatch of LA-TB, its spread over tokens added by `token_variance`.
+    the mean length of the first refill by default). `power`: S - alpha (b + psi). The third,
+    `per_token`, is no squared residual alone: `tb_token`, or strategy=tb_token_per_token.
     """
     check_alpha(alpha)
-    if reading not in get_args(Reading):
-        raise ObjectiveError(f"tb_token reading '{reading}': choose one of {get_args(Reading)}")
+    if reading not in ("energy", "power"):
+        raise ObjectiveError(
+            f"tb_token reading '{reading}': choose energy or power (strategy=tb_token), or "
+            "strategy=tb_token_per_token for per_token"
+        )
     if not scale > 0:
         raise ObjectiveError(f"tb_token scale={scale} must be positive (tokens)")
     S, B, L = sums(inputs)
     energy = B / L + inputs.format_penalty
     if reading == "energy":
         return S - B - scale * (alpha - 1) * energy
-    if reading == "power":
-        return S - alpha * energy
-    return S / L - alpha * energy
+    return S - alpha * energy
 
 
 def token_variance(inputs: LossInputs, *, alpha: float) -> Tensor:
@@ -82,16 +84,40 @@ def token_variance(inputs: LossInputs, *, alpha: float) -> Tensor:
 # --- objectives ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class BalanceObjective:
+    """mean(w * (log_z + mismatch)^2): a balance strategy is its mismatch and its weight.
+
+    Attributes:
+        mismatch: `(inputs, *, alpha, ...) -> (N,)`, the residual without log Z; the closed forms
+            of log Z ask for it apart.
+        weight: importance weight, detached.
+        spread: `(inputs, *, alpha) -> (N,)`, added to the squared residual.
+    """
+
+    mismatch: Callable[..., Tensor]
+    weight: ImportanceWeight
+    spread: Callable[..., Tensor] | None = None
+    uses_log_z: bool = True
+
+    def __call__(self, inputs: LossInputs, *, alpha: float, **calibration: float) -> LossOutput:
+        inputs = checked(inputs)
+        d = inputs.log_z + self.mismatch(inputs, alpha=alpha, **calibration)  # (N,)
+        square = d**2 if self.spread is None else d**2 + self.spread(inputs, alpha=alpha)
+        weights = self.weight(inputs)
+        loss = (weights.value * square).mean()
+        d = d.detach()
+        return LossOutput(loss, trajectory_metrics(inputs, d, weights), d)
+
+
 def tb_traj(inputs: LossInputs, *, alpha: float) -> LossOutput:
     """Trajectory balance (eq. 5): mean of (log Z + S - alpha (B + |y| psi))^2."""
-    inputs = checked(inputs)
-    return balance_loss(inputs, tb_traj_mismatch(inputs, alpha=alpha), UNWEIGHTED(inputs))
+    return BalanceObjective(tb_traj_mismatch, UNWEIGHTED)(inputs, alpha=alpha)
 
 
 def la_tb(inputs: LossInputs, *, alpha: float) -> LossOutput:
     """Length-averaged trajectory balance (eq. 7): mean of (log Z' + s - alpha (b + psi))^2."""
-    inputs = checked(inputs)
-    return balance_loss(inputs, la_tb_mismatch(inputs, alpha=alpha), UNWEIGHTED(inputs))
+    return BalanceObjective(la_tb_mismatch, UNWEIGHTED)(inputs, alpha=alpha)
 
 
 def powerflow(inputs: LossInputs, *, alpha: float, epsilon: float) -> LossOutput:
@@ -102,46 +128,21 @@ def powerflow(inputs: LossInputs, *, alpha: float, epsilon: float) -> LossOutput
         NonFiniteInputError: NaN or infinity inside the mask.
     """
     check_epsilon(epsilon)
-    inputs = checked(inputs)
-    weight = ImportanceWeight("seq_sum", epsilon, epsilon)
-    return balance_loss(inputs, la_tb_mismatch(inputs, alpha=alpha), weight(inputs))
+    eq_10 = ImportanceWeight("seq_sum", epsilon, epsilon)
+    return BalanceObjective(la_tb_mismatch, eq_10)(inputs, alpha=alpha)
 
 
 def tb_token(inputs: LossInputs, *, alpha: float, scale: float, reading: Reading) -> LossOutput:
-    """Trajectory balance on the average token log-prob; see `tb_token_mismatch`."""
-    inputs = checked(inputs)
-    mismatch = tb_token_mismatch(inputs, alpha=alpha, scale=scale, reading=reading)
-    spread = token_variance(inputs, alpha=alpha) if reading == "per_token" else None
-    return balance_loss(inputs, mismatch, UNWEIGHTED(inputs), spread)
+    """Trajectory balance on the average token log-prob, in one of its three readings.
 
-
-def balance_loss(
-    inputs: LossInputs, mismatch: Tensor, weights: Weights, spread: Tensor | None = None
-) -> LossOutput:
-    """mean(w * (d^2 + spread)) with the residual d = log_z + mismatch; gradient through d only."""
-    d = inputs.log_z + mismatch  # (N,)
-    square = d**2 if spread is None else d**2 + spread
-    loss = (weights.value * square).mean()
-    return LossOutput(loss, trajectory_metrics(inputs, d.detach(), weights), d.detach())
-
-
-@dataclass(frozen=True)
-class BalanceObjective:
-    """A balance strategy assembled from configuration: a mismatch and an importance weight.
-
-    The module also asks for `mismatch` and `weight` apart, for the closed forms of log Z.
+    `energy` and `power`: see `tb_token_mismatch`. `per_token`: the mean over tokens of
+    (log Z + log pi_theta - alpha log p_base)^2, that is LA-TB plus the variance over tokens.
     """
-
-    mismatch: Callable[..., Tensor]
-    weight: ImportanceWeight
-    spread: Callable[..., Tensor] | None = None
-    uses_log_z: bool = True
-
-    def __call__(self, inputs: LossInputs, *, alpha: float, **calibration: float) -> LossOutput:
-        inputs = checked(inputs)
-        spread = None if self.spread is None else self.spread(inputs, alpha=alpha)
-        mismatch = self.mismatch(inputs, alpha=alpha, **calibration)
-        return balance_loss(inputs, mismatch, self.weight(inputs), spread)
+    if reading == "per_token":
+        objective = BalanceObjective(la_tb_mismatch, UNWEIGHTED, token_variance)
+        return objective(inputs, alpha=alpha)
+    mismatch = partial(tb_token_mismatch, scale=scale, reading=reading)
+    return BalanceObjective(mismatch, UNWEIGHTED)(inputs, alpha=alpha)
 
 
 # --- shared --------------------------------------------------------------------------------------

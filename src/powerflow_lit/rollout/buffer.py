@@ -16,7 +16,8 @@ class ReplayBuffer:
     Args:
         max_staleness: refills that a trajectory may outlive its own (0: on-policy data only).
         updates_per_refill: optimizer updates between two refills.
-        prompts_per_update: prompt groups in an update; None deals each refill out exactly once.
+        prompts_per_update: prompt groups in an update; None shares a refill's number of groups
+            over its updates, which on-policy deals each of them out exactly once.
         seed: of the order in which groups are dealt.
     """
 
@@ -64,7 +65,8 @@ class ReplayBuffer:
     def updates(self, pad_id: int) -> list[TrajectoryBatch]:
         """The updates until the next refill, each of whole prompt groups, in a seeded order.
 
-        Groups are dealt without repetition until all were used, then shuffled anew.
+        Groups are drawn from all refills held, each once until all were used; an update never
+        holds one twice, so it is smaller while the buffer has fewer groups.
 
         Raises:
             ValueError: the buffer is empty, or an update would be.
@@ -81,21 +83,26 @@ class ReplayBuffer:
                 f"{newest} prompt groups cannot feed {self.updates_per_refill} updates: "
                 "raise prompts_per_refill or lower buffer.updates_per_refill"
             )
-        deal = self._deal(list(groups), per_update * self.updates_per_refill)
         return [
-            TrajectoryBatch.collate(
-                [t for g in deal[i * per_update : (i + 1) * per_update] for t in groups[g]], pad_id
-            )
-            for i in range(self.updates_per_refill)
+            TrajectoryBatch.collate([t for group in update for t in groups[group]], pad_id)
+            for update in self._deal(list(groups), min(per_update, len(groups)))
         ]
 
-    def _deal(self, groups: list[int], count: int) -> list[int]:
+    def _deal(self, groups: list[int], per_update: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.refill)
-        dealt: list[int] = []
-        while len(dealt) < count:
-            order = torch.randperm(len(groups), generator=generator).tolist()
-            dealt += [groups[i] for i in order]
-        return dealt[:count]
+        queue: list[int] = []
+        updates = []
+        for _ in range(self.updates_per_refill):
+            update: list[int] = []
+            while len(update) < per_update:
+                if not set(queue) - set(update):
+                    queue += [
+                        groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()
+                    ]
+                update.append(next(g for g in queue if g not in update))
+                queue.remove(update[-1])
+            updates.append(update)
+        return updates
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and lists only, so that it loads with `weights_only=True`."""

@@ -89,7 +89,8 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "hf_overrides": {"tie_word_embeddings": False},
-            "max_model_len": spec.max_model_len,
+            "max_model_len": spec.max_model_len
+            + 1,  # scoring the longest row samples one token more
             "seed": spec.seed,
             "dtype": dtype,
             "max_num_seqs": max_num_seqs,
@@ -115,7 +116,11 @@ class VllmEngine:
                     "`make install`, or `pip install .[vllm]` on a CUDA machine, or set rollout=hf"
                 ) from error
             self._vllm: Any = vllm
-            self._llm: Any = vllm.LLM(**arguments)
+            try:
+                self._llm: Any = vllm.LLM(**arguments)
+            except (ValueError, TypeError, RuntimeError, OSError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise EngineError(f"vLLM refuses {spec.model_path}: {reason}") from error
         self.policy_version = -1
         self._weight_names = set(policy_weights(spec.policy))
         self._eos_id = spec.eos_id
