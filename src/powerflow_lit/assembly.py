@@ -25,7 +25,7 @@ from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
 from powerflow_lit.evaluation import Decoding, EvaluationSettings
 from powerflow_lit.models.loading import load_model, load_tokenizer, resolve_path
-from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.tasks.base import Task
@@ -67,12 +67,14 @@ def build_engine(
     return instantiate(engine)(spec)
 
 
-def build_module(config: TrainConfig, policy: PreTrainedModel) -> PowerFlowModule:
+def build_module(
+    config: TrainConfig, policy: PreTrainedModel, objective: Objective
+) -> PowerFlowModule:
     """The LightningModule of a training run."""
     optimizer = config.optimizer
     return PowerFlowModule(
         policy=policy,
-        objective=instantiate(config.strategy.objective),
+        objective=objective,
         log_z=instantiate(config.log_z),
         alpha=config.alpha,
         alpha_schedule=instantiate(config.alpha_schedule),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,6 +99,18 @@ class RefillProgress(Callback):
 
     def teardown(self, *_: Any, **__: Any) -> None:
         self.stop()
+
+
+# remarks of libraries on what we mean to do
+NOISE = ("does not have many workers", "modules? in eval mode", "transfer_batch", "reduce_op")
+
+
+def quiet() -> None:
+    """Leave the terminal to the run's own lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def wide_console() -> Console:

@@ -23,7 +23,7 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
-from powerflow_lit.console import metrics_table, wide_console
+from powerflow_lit.console import metrics_table, quiet, wide_console
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, with_prefix
 from powerflow_lit.models.loading import policy_weights
@@ -111,6 +111,7 @@ def _of_run(cfg: DictConfig) -> DictConfig:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
 def _main(cfg: DictConfig) -> None:
     try:
+        quiet()
         config = typed(with_available_engine(_of_run(cfg)), EvaluateConfig)
         record = run(config)
     except USER_ERRORS as error:

@@ -7,9 +7,7 @@ python -m powerflow_lit.train -m strategy=tb_traj,tb_token,powerflow alpha=2,4
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, as_dict, train_config
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import TrainConfig
-from powerflow_lit.console import final_table, phase_line, wide_console
+from powerflow_lit.console import final_table, phase_line, quiet, wide_console
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.module import PowerFlowModule
@@ -58,9 +56,10 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         )
     run_folder.write_configs(run_dir, as_dict(config), overrides)
     L.seed_everything(config.seed, verbose=False)
+    # what can be wrong with strategy and task shows before a model loads
+    objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
     policy, tokenizer = build_model(config.model)
-    task = instantiate(config.task.build)
-    module = build_module(config, policy)
+    module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock)
     step, refills = checkpoint.progress if checkpoint else (None, 0)
@@ -141,19 +140,6 @@ def _finish_wandb(logger: Any, summary: dict[str, Any]) -> None:
     experiment.finish(exit_code=0 if summary["status"] == "finished" else 1)
 
 
-def _quiet() -> None:
-    """Leave the terminal to the run's own lines."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    for message in (
-        "does not have many workers",
-        "modules? in eval mode",
-        "transfer_batch",
-        "triton",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}")
-
-
 def announce(config: TrainConfig, run_dir: Path) -> None:
     """What is about to run, in three lines."""
     rollout = config.rollout
@@ -188,7 +174,7 @@ def _main(cfg: DictConfig) -> float | None:
         elif config.resume == "auto":
             config.run_dir = str(find_unfinished(config) or config.run_dir)
         run_dir = Path(config.run_dir)
-        _quiet()
+        quiet()
         announce(config, run_dir)
         summary = run(config, run_dir, overrides)
     except USER_ERRORS as error:

@@ -58,11 +58,15 @@ class Task(ABC):
 
     def evaluate(self, samples: Sequence[Sampled]) -> dict[str, float]:
         """`val/` metrics of one evaluation, without the prefix."""
-        return text_metrics(samples)
+        return self.text_metrics(samples)
+
+    def text_metrics(self, samples: Sequence[Sampled]) -> dict[str, float]:
+        """Figures that every task reports: format, length, truncation, repetition, diversity."""
+        formatted = [self.is_formatted(r.text) for s in samples for r in s.responses]
+        return {"format_rate": mean(formatted), **_text_metrics(samples)}
 
 
-def text_metrics(samples: Sequence[Sampled]) -> dict[str, float]:
-    """Length, truncation, repetition and diversity: figures that every task reports."""
+def _text_metrics(samples: Sequence[Sampled]) -> dict[str, float]:
     responses = [r for s in samples for r in s.responses]
     by_prompt = [[r.text for r in s.responses] for s in samples]
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from powerflow_lit.tasks.base import Sampled, Task, correctness_metrics, mean, text_metrics
+from powerflow_lit.tasks.base import Sampled, Task, correctness_metrics
 from powerflow_lit.types import Prompt
 
 MARK = "\\boxed{"
@@ -44,8 +44,7 @@ class BoxedAnswers(Task):
         ]
         return {
             **correctness_metrics(answers, correct),
-            "format_rate": mean([a is not None for row in answers for a in row]),
-            **text_metrics(samples),
+            **self.text_metrics(samples),
         }
 
     def _is_right(self, prompt: Prompt, answer: str | None) -> bool | None:

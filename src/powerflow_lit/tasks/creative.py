@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from powerflow_lit.corpora import creative as corpus
-from powerflow_lit.tasks.base import Sampled, Task, mean, text_metrics
+from powerflow_lit.tasks.base import Sampled, Task, mean
 from powerflow_lit.types import Prompt
 
 
@@ -46,5 +46,5 @@ class Creative(Task):
             "quality": mean(valid),
             f"modes@{k}": mean(modes),
             f"unique_valid@{k}": mean(unique),
-            **text_metrics(samples),
+            **self.text_metrics(samples),
         }
