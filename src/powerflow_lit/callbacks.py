@@ -121,6 +121,7 @@ class Evaluation(Callback):
     def _evaluate(self, trainer: L.Trainer, decoding: Decoding) -> dict[str, float]:
         _, data = _parts(trainer)
         data.sync_engine()
+        data.check_engine()
         prompts = data.eval_prompts
         total = len(prompts) * (
             1 if decoding.temperature == 0 else self.settings.samples_per_prompt

@@ -137,7 +137,7 @@ def metrics_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Tab
     table.add_column("metric")
     for name in columns:
         table.add_column(name, justify="right", style="bold" if name == list(columns)[-1] else None)
-    keys = {key: None for metrics in columns.values() for key in metrics}
+    keys = list(next(iter(columns.values())))
     for wanted in FINAL:
         for key in keys:
             name = key.removeprefix("val/")

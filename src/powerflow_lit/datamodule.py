@@ -113,7 +113,11 @@ class RolloutDataModule(L.LightningDataModule):
         return DataLoader(updates, batch_size=None)
 
     def refill(self, index: int) -> None:
-        """Sync the engine, sample, score under the base and store refill `index`."""
+        """Sync the engine, sample, score under the base and store refill `index`.
+
+        Raises:
+            EngineError: engine and trainer disagree on the log-probs of the rollouts.
+        """
         module, settings = self._module, self.settings
         self.sync_engine()
         prompts = self._prompts_of(index)
@@ -139,24 +143,24 @@ class RolloutDataModule(L.LightningDataModule):
         self.refill_metrics = {**rollout_metrics(trajectories), **gap}
 
     def sync_engine(self) -> None:
-        """Give the engine the policy's weights, unless it has them, and check that they took.
+        """Give the engine the policy's weights, unless it has them."""
+        version = self._module.global_step
+        if self.engine.policy_version != version:
+            with self.clock("sync"):
+                self.engine.sync(policy_weights(self._module.policy), version)
+
+    def check_engine(self) -> None:
+        """Let the engine score what the policy scores too; for syncs that no refill follows.
 
         Raises:
-            EngineError: engine and trainer disagree on the log-probs of the same tokens.
+            EngineError: they disagree on the log-probs of the same tokens.
         """
-        version = self._module.global_step
-        engine = self.engine
-        if engine.policy_version == version:
-            return
-        with self.clock("sync"):
-            engine.sync(policy_weights(self._module.policy), version)
-            few = self.settings.logp_gap_trajectories
-            rows = [(t.prompt_ids, t.response_ids) for t in self.buffer.newest[:few]]
-            # before the first refill, the prompts themselves are the text to agree on
-            rows = rows or [(ids[:1], ids[1:]) for ids in list(self._prompt_ids.values())[:few]]
-            pairs = zip(self._log_probs(self._module.policy, rows), engine.score(rows), strict=True)
-            gap = max(float((ours - torch.tensor(theirs)).abs().max()) for ours, theirs in pairs)
-            self._refuse_gap(gap)
+        newest = self.buffer.newest[: self.settings.logp_gap_trajectories]
+        rows = [(t.prompt_ids, t.response_ids) for t in newest]
+        pairs = zip(
+            self._log_probs(self._module.policy, rows), self.engine.score(rows), strict=True
+        )
+        self._refuse_gap(max(float((a - torch.tensor(b)).abs().max()) for a, b in pairs))
 
     def close(self) -> None:
         """Free the engine; safe to call twice."""
