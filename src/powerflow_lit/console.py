@@ -55,7 +55,7 @@ class RefillProgress(Callback):
                 "{task.fields[note]}",
             )
             self._progress = Progress(*columns, console=self.console, transient=True)
-            self._task = self._progress.add_task("starting", total=1, note="")
+            self._task = self._progress.add_task("starting the engine", total=1, note="")
             self._progress.start()
 
     def show(self, phase: str, done: int, total: int, tokens: int) -> None:

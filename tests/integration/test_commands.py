@@ -123,6 +123,26 @@ def test_a_multirun_runs_every_job_in_one_process(
 
 
 @pytest.mark.parametrize(
+    "choices",
+    [
+        "strategy=la_tb,tb_token,tb_token_per_token,rl_traj,rl_token",
+        "log_z=head,group,group_loo,ema,fixed",
+        "strategy.objective.weight.kind=none,seq_geo,token",
+    ],
+)
+def test_every_choice_trains(tmp_path: Path, choices: str) -> None:
+    train(tmp_path, "-m", choices, "debug=fast", "rollout=hf", "logger=none")
+    runs = [path.parent for path in tmp_path.glob("multirun/**/summary.json")]
+    assert len(runs) == choices.count(",") + 1
+    for run in runs:
+        assert summary_of(run)["status"] == "finished"
+        steps = [r for r in rows_of(run) if r["train/loss"]]
+        assert len(steps) == 4
+        assert all(float(r["train/grad_norm"]) > 0 for r in steps)
+        assert sum(float(r["train/skipped_steps"]) for r in steps) == 0
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("alpha=-1", ("alpha=-1", "positive")),

@@ -23,23 +23,28 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
     return state["state_dict"]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "hf"])
-def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) -> None:
-    settings = (*QUICK, f"rollout={engine}")
-    train(tmp_path, *settings, "run_dir=whole")
-    stop = subprocess.Popen(
-        [sys.executable, "-m", "powerflow_lit.train", *settings, "run_dir=halves"],
-        cwd=tmp_path,
+def killed_at(folder: Path, line_start: str, *overrides: str) -> None:
+    """A training run, killed without warning when it prints such a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "powerflow_lit.train", *overrides],
+        cwd=folder,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    assert stop.stdout is not None
-    for line in stop.stdout:
-        if line.startswith("refill   2/4"):
-            stop.kill()  # after two refills, without any warning
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(line_start):
+            process.kill()
             break
-    stop.wait()
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) -> None:
+    settings = (*QUICK, f"rollout={engine}")
+    train(tmp_path, *settings, "run_dir=whole")
+    killed_at(tmp_path, "refill   2/4", *settings, "run_dir=halves")
     train(tmp_path, "resume=halves")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     expected, found = final_state(whole), final_state(halves)
@@ -94,19 +99,7 @@ def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> 
 
 def test_resume_auto_finds_the_unfinished_twin(tmp_path: Path) -> None:
     settings = [*QUICK, "rollout=hf", "alpha=2"]
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "powerflow_lit.train", *settings],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.startswith("refill   1/4"):
-            killed.kill()
-            break
-    killed.wait()
+    killed_at(tmp_path, "refill   1/4", *settings)
     train(tmp_path, *settings, "resume=auto")
     (metrics,) = tmp_path.glob("outputs/**/metrics.csv")
     assert summary_of(metrics.parent)["status"] == "finished"
