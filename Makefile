@@ -40,10 +40,10 @@ doctor: $(STAMP) ## what is installed, what is missing and how to mend it
 	@$(BIN)/python -m powerflow_lit.doctor $(ARGS)
 
 test: $(STAMP) ## set up, then run all tests; without the slow ones: ARGS='-m "not slow"'
-	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
 test-slow: $(STAMP) ## only the tests that train the default models
-	$(BIN)/python -m pytest -n 2 -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow $(ARGS)
 
 check: lint type test ## lint, type and test
 

@@ -104,6 +104,8 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("epsilon=0",), "epsilon=0"),
         (("refills=0",), "refills=0"),
         (("seed=one",), "seed.*one"),
+        (("optimizer.lr=fast",), "optimizer.lr.*fast"),
+        (("log_z=group", "rollout.samples_per_prompt=1"), "samples_per_prompt=1.*2 or more"),
         (("strategy.format_penalty=0.5",), "format_penalty=0.5"),
         (("buffer.updates_per_refill=3",), "not divisible"),
         (("strategy=rl_token", "alpha=1"), "alpha > 1"),
