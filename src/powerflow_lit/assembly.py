@@ -24,6 +24,7 @@ from powerflow_lit.config.schema import ModelConfig, TrainConfig
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
 from powerflow_lit.evaluation import Decoding, EvaluationSettings
+from powerflow_lit.interrupt import StopOnInterrupt
 from powerflow_lit.models.loading import load_model, load_tokenizer, resolve_path
 from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
@@ -164,6 +165,7 @@ def build_callbacks(
             every_n_refills=chosen.console.every_n_refills,
             headline=task.headline,
         ),
+        StopOnInterrupt(),
         # last, so that a checkpoint holds what the others logged
         Checkpoint(run_dir, every_n_refills=chosen.checkpoint.every_n_refills),
     ]

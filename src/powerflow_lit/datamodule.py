@@ -137,7 +137,7 @@ class RolloutDataModule(L.LightningDataModule):
             trajectories = self._trajectories(prompts, completions, index)
             trajectories, gap = self._scored(trajectories)
         self.buffer.add(trajectories, index)
-        if not module.calibration and index == 0:
+        if index == 0:
             module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
         self.tokens_generated += sum(t.length for t in trajectories)
         self.refill_metrics = {**rollout_metrics(trajectories), **gap}

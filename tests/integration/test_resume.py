@@ -59,6 +59,11 @@ def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) 
                 assert one[name] == other[name], name
 
 
+def processes_of(group: int) -> str:
+    """Process ids of a process group, one a line."""
+    return subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout
+
+
 def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [
@@ -82,14 +87,16 @@ def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> 
             process.send_signal(signal.SIGINT)
             break
     started = time.monotonic()
-    process.wait(timeout=60)
-    assert time.monotonic() - started < 30
+    process.wait(timeout=120)  # a busy machine is given time, an unheeded signal is not
+    assert time.monotonic() - started < 60
     assert process.returncode != 0
     assert summary_of(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
-    time.sleep(2)
-    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True)
-    assert left.stdout == "", "no process of the run's session is left"
+    # W&B's service closes its files and follows
+    deadline = time.monotonic() + 30
+    while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == "", "no process of the run's group is left"
     # a run without an export yet is evaluated from its checkpoint
     command = [sys.executable, "-m", "powerflow_lit.evaluate", "run=run", "rollout=hf"]
     small = ["samples_per_prompt=1", "decodings=[{temperature: 0.0, min_p: 0.0}]", "output=scored"]
