@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,9 +58,6 @@ class Trajectory:
     @property
     def length(self) -> int:
         return len(self.response_ids)
-
-    def scored(self, log_p_base: Tensor, log_p_old: Tensor) -> Trajectory:
-        return replace(self, log_p_base=log_p_base, log_p_old=log_p_old)
 
 
 @dataclass(frozen=True)
