@@ -46,10 +46,9 @@ class SweepCallback(Callback):
         self.jobs: list[Job] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        jobs = planned_jobs(config)
-        if jobs is None:  # a sweeper that decides as it goes
+        if not all_jobs_known(config.hydra):
             return
-        self.jobs = jobs
+        self.jobs = jobs = planned_jobs(config)
         _write_manifest(Path(config.hydra.sweep.dir), str(config.study), jobs)
         states = [job_state(job.folder) for job in jobs]
         todo = {state: states.count(state) for state in ("new", "unfinished", "failed")}
@@ -80,16 +79,22 @@ class SweepCallback(Callback):
         print(f"  compare: python -m powerflow_lit.report 'runs=[{config.hydra.sweep.dir}]'")
 
 
-def planned_jobs(config: DictConfig) -> list[Job] | None:
-    """All jobs of a multirun, each once; None for a sweeper that chooses them as it goes.
+def all_jobs_known(hydra: Any) -> bool:
+    """Whether Hydra's own sweeper runs the multirun; others choose their jobs as they go.
+
+    Args:
+        hydra: the `hydra` node of the configuration.
+    """
+    return str(hydra.sweeper._target_).endswith("BasicSweeper")
+
+
+def planned_jobs(config: DictConfig) -> list[Job]:
+    """All jobs of a multirun of Hydra's own sweeper, each once.
 
     Args:
         config: the master configuration of the multirun, `hydra` node included.
     """
-    sweeper = config.hydra.sweeper
-    if not str(sweeper._target_).endswith("BasicSweeper"):
-        return None
-    fixed = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    fixed = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     assert isinstance(typed, list)
     hydra = GlobalHydra.instance().hydra

@@ -7,7 +7,6 @@ python -m powerflow_lit.train -m strategy=tb_traj,tb_token,powerflow alpha=2,4
 
 from __future__ import annotations
 
-import math
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,7 @@ from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.resume import checkpoint_of, expand_resume, find_unfinished
-from powerflow_lit.sweep import ENDED, job_state
+from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 
 
 def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,7 +172,14 @@ def _main(cfg: DictConfig) -> float | None:
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         folder = Path(_job_folder(cfg.run_dir, hydra_config.runtime.output_dir, overrides))
-        return _job(cfg, folder, overrides)
+        try:
+            return _job(cfg, folder, overrides)
+        except Exception:
+            # the other jobs go on, and SweepCallback lists this one at the end; a sweeper that
+            # optimises must see the error itself
+            if not all_jobs_known(hydra_config):
+                raise
+            return None
     try:
         config = train_config(with_available_engine(cfg))
         if config.resume == "auto":
@@ -187,8 +193,7 @@ def _main(cfg: DictConfig) -> float | None:
 def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | None:
     """One job of a sweep: skipped if it has ended before, resumed if it had begun.
 
-    Returns its headline metric; NaN after an error, so that the other jobs go on and a sweeper
-    that optimises knows. `sweep.SweepCallback` lists the failures at the end.
+    An error is printed and kept in summary.json before it is raised.
     """
     state = job_state(folder)
     if state in ENDED:
@@ -209,7 +214,7 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
         summary = run_folder.read_summary(folder) or {}
         failure = {**summary, "status": "failed", "error": str(root_cause(error))}
         run_folder.write_summary(folder, failure)
-        return math.nan
+        raise
 
 
 def _announced_run(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
