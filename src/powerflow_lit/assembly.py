@@ -129,6 +129,7 @@ def build_datamodule(
             logp_gap_trajectories=rollout.logp_gap_trajectories,
             logp_gap_limit=rollout.logp_gap_limit,
             tokens_per_microbatch=config.tokens_per_microbatch,
+            guard_min_p=config.guard.min_p,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,

@@ -61,6 +61,11 @@ class RolloutConfig:
 
 
 @dataclass
+class GuardConfig:
+    min_p: float = MISSING
+
+
+@dataclass
 class BufferConfig:
     max_staleness: int = MISSING
     updates_per_refill: int = MISSING
@@ -133,6 +138,7 @@ class TrainConfig:
     alpha_schedule: dict[str, Any] = MISSING
     log_z: dict[str, Any] = MISSING
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: dict[str, Any] = MISSING
