@@ -140,6 +140,7 @@ def build_callbacks(
     """The evaluation callback, and all callbacks in the order in which they must run."""
     chosen = config.callbacks
     evaluation = Evaluation(
+        run_dir,
         every_n_refills=chosen.evaluation.every_n_refills,
         settings=EvaluationSettings(
             samples_per_prompt=chosen.evaluation.samples_per_prompt,

@@ -143,6 +143,7 @@ class TrainConfig:
     seed: int = MISSING
     tokens_per_microbatch: int = MISSING
     refills: int = MISSING
+    study: str = MISSING
     resume: str | None = MISSING
     run_dir: str = MISSING
 
