@@ -69,7 +69,7 @@ def line_plots(config: DashboardConfig, panels: Mapping[str, Sequence[str]]) -> 
     return plots
 
 
-def filters(config: DashboardConfig, strategies: Sequence[str] = ()) -> list[ws.expr.FilterExpr]:
+def filters(config: DashboardConfig, strategies: Sequence[str] = ()) -> list[Any]:
     """The runs that take part; written with `in`, which W&B's own filters use for names."""
     import wandb_workspaces.workspaces as ws
 
@@ -87,7 +87,7 @@ def build_workspace(config: DashboardConfig) -> ws.Workspace:
     """The saved view: a section for each of the configuration's, runs grouped and coloured."""
     import wandb_workspaces.workspaces as ws
 
-    colours: dict[object, object] = dict(COLOURS)
+    colours: dict[Any, Any] = dict(COLOURS)
     colours |= {
         ws.GroupPath(strategy, f"{alpha:g}"): colour
         for strategy, colour in COLOURS.items()
