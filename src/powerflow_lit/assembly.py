@@ -174,6 +174,8 @@ def build_wandb(config: TrainConfig, run_dir: Path) -> Logger:
     """The W&B logger; the run's id is kept in the run folder, so that a resumed run goes on."""
     import wandb
 
+    if wandb.run is not None:  # of a job that broke off; Lightning would go on writing into it
+        wandb.run.finish(exit_code=1)
     id_file = run_dir / "wandb" / "run_id"
     if not id_file.exists():
         id_file.parent.mkdir(parents=True, exist_ok=True)

@@ -211,7 +211,7 @@ def check(config: DashboardConfig) -> None:
         ConfigError: a panel without metrics, smoothing out of range, no wandb-workspaces.
     """
     if find_spec("wandb_workspaces") is None:
-        raise ConfigError("wandb-workspaces is missing: pip install 'powerflow-lit[dashboard]'")
+        raise ConfigError("wandb-workspaces is not installed: pip install wandb-workspaces")
     for section, panels in {**config.sections, "report": config.report.panels}.items():
         for title, metrics in panels.items():
             if not metrics:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
-from powerflow_lit.config.checks import typed
+from powerflow_lit.assembly import build_wandb, wandb_tags
+from powerflow_lit.config.checks import train_config, typed
 from powerflow_lit.config.schema import DashboardConfig
 from powerflow_lit.dashboard import specification
 from tests.integration.test_commands import train
@@ -101,3 +104,25 @@ def test_a_run_can_be_filtered_by_its_tags(runs: dict[str, OfflineRun]) -> None:
         "arithmetic": {"powerflow", "arithmetic", "tiny", "alpha=4", "mine"},
         "creative": {"powerflow", "creative", "tiny_instruct", "alpha=0.5", "mine"},
     }
+
+
+def test_a_run_left_open_by_the_job_before_is_closed_and_not_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = train_config(composed("logger.mode=offline"))
+    build_wandb(config, tmp_path / "first").experiment.log({"train/loss": 1.0, "refill": 1})
+    assert wandb.run is not None
+    build_wandb(config, tmp_path / "second").experiment.finish()
+    jobs = {}
+    for name in ("first", "second"):
+        (folder,) = (tmp_path / name / "wandb").glob("offline-run-*")
+        jobs[name] = read_offline_run(folder, tmp_path)
+    assert [job.exits for job in jobs.values()] == [[1], [0]]
+    assert [len(job.history) for job in jobs.values()] == [1, 0]
+
+
+def test_a_tag_is_no_longer_than_wandb_takes() -> None:
+    config = train_config(composed(f"logger.tags=[{'t' * 80},powerflow]"))
+    tags = wandb_tags(config)
+    assert tags == ["powerflow", "arithmetic", "tiny", "alpha=4", "t" * 64]

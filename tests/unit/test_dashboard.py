@@ -194,6 +194,12 @@ def test_a_panel_that_would_show_nothing_is_refused(override: str, words: str) -
         dashboard.check(configured(override))
 
 
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install wandb-workspaces"):
+        dashboard.check(configured())
+
+
 def command(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     return subprocess.run(
