@@ -29,6 +29,8 @@ FORBIDDEN = {
     "callbacks.py": {"hydra", "omegaconf", "config"},
     "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
     "report.py": {"torch", "models", "rollout", "module", "datamodule"},
+    "dashboard.py": {"torch", "models", "rollout", "module", "datamodule", "callbacks"},
+    "wandb_login.py": {"torch", "lightning", "models", "config"},
 }  # fmt: skip
 
 

@@ -187,6 +187,40 @@ class ReportConfig:
 
 
 @dataclass
+class WandbReportConfig:
+    title: str = MISSING
+    text: str = MISSING
+    strategies: list[str] = MISSING
+    panels: dict[str, list[str]] = MISSING
+
+
+@dataclass
+class DashboardRunsConfig:
+    task: str | None = MISSING
+    model: str | None = MISSING
+    group: str | None = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """`conf/dashboard.yaml`."""
+
+    entity: str | None = MISSING
+    project: str = MISSING
+    name: str = MISSING
+    runs: DashboardRunsConfig = field(default_factory=DashboardRunsConfig)
+    k: int = MISSING
+    x_axis: str = MISSING
+    max_lines: int = MISSING
+    alphas: list[float] = MISSING
+    smoothing: dict[str, float] = MISSING
+    sections: dict[str, dict[str, list[str]]] = MISSING
+    report: WandbReportConfig = field(default_factory=WandbReportConfig)
+    dry_run: bool = MISSING
+    output: str | None = MISSING
+
+
+@dataclass
 class ShapeConfig:
     hidden_size: int = MISSING
     layers: int = MISSING
