@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -272,7 +271,8 @@ def main() -> None:
 
     write_rows(rows, options.output / "results.csv")
     about = {
-        "command": " ".join(["python experiments/exactness/run.py", *sys.argv[1:]]),
+        "command": "python experiments/exactness/run.py"
+        f" --steps {options.steps} --seeds {options.seeds}",
         "git_commit": git_commit(),
         "versions": versions(),
         "steps": options.steps,
