@@ -27,6 +27,8 @@ FORBIDDEN = {
     "module.py": {"hydra", "omegaconf", "config"},
     "datamodule.py": {"hydra", "omegaconf", "config"},
     "callbacks.py": {"hydra", "omegaconf", "config"},
+    "enumerable.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
+                      "rollout", "tasks", "metrics", "module", "datamodule", "log_z"},
     "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
     "report.py": {"torch", "models", "rollout", "module", "datamodule"},
     "dashboard.py": {"torch", "models", "rollout", "module", "datamodule", "callbacks"},
