@@ -28,7 +28,10 @@ FORBIDDEN = {
     "datamodule.py": {"hydra", "omegaconf", "config"},
     "callbacks.py": {"hydra", "omegaconf", "config"},
     "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
-    "report.py": {"torch", "models", "rollout", "module", "datamodule"},
+    "report.py": {"torch", "models", "rollout", "module", "datamodule", "transformers",
+                  "lightning", "vllm", "run_folder", "resume"},
+    "reporting": {"torch", "models", "rollout", "module", "datamodule", "transformers",
+                  "lightning", "vllm", "run_folder", "resume", "hydra", "report"},
 }  # fmt: skip
 
 
