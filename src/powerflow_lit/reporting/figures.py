@@ -150,10 +150,14 @@ def _entries(
     found = []
     for label, said in counts.items():
         runs = " / ".join(dict.fromkeys(said))
-        word = "seed" if runs == "1" else "seeds" if runs.isdigit() else "runs"
         line = Line2D([], [], marker=looks[label].marker, markersize=4.5, **looks[label].drawn())
-        found.append((line, f"{label}, {runs} {word}"))
+        found.append((line, f"{label}, {counted(runs)}"))
     return found
+
+
+def counted(count: str) -> str:
+    """`1 seed`, `3 seeds`; what tells of unfinished runs stays as it is."""
+    return f"{count} seed{'' if count == '1' else 's'}" if count.isdigit() else count
 
 
 def draw_convergence(groups: Sequence[Group]) -> tuple[Figure | None, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from powerflow_lit.reporting.figures import counted
 from powerflow_lit.reporting.tables import Row
 
 STYLE = """
@@ -96,7 +97,7 @@ def verdict(
         items.append(f'<li class="{tone}"><b>{escape(words)}</b>{of}: {escape(shown)}{more}</li>')
     return (
         f'<h3><span class="chip" style="background:{colour}"></span>{escape(label)} '
-        f"<small>{escape(count)} run{'' if count == '1' else 's'}</small></h3>"
+        f"<small>{escape(counted(count))}</small></h3>"
         f"<ul style='list-style:none;padding-left:.4rem'>{''.join(items)}</ul>"
     )
 

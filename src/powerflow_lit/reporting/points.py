@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from powerflow_lit.config.schema import BootstrapConfig
-from powerflow_lit.reporting.figures import Style, grid, legend, styles, title_of
+from powerflow_lit.reporting.figures import Style, counted, grid, legend, styles, title_of
 from powerflow_lit.reporting.files import number
 from powerflow_lit.reporting.grouping import Group, group, short_key, short_value, sortable
 from powerflow_lit.reporting.runs import Run
 from powerflow_lit.reporting.statistics import bootstrap, deviation, mean, pass_at_k
 
 BASE = "#222222"
+LOOKS: tuple[tuple[str, Any, str, str], ...] = (  # of the base's decodings
+    ("base, plain temperatures", "-", "o", BASE),
+    ("base, min-p", "--", "s", "#777777"),
+)
+# where a name may stand beside its point: right, left, above or below
+PLACES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 DECODING = re.compile(r"T=(?P<t>[\d.]+)(?:,min_p=(?P<p>[\d.]+))?")
 
 
@@ -121,11 +128,58 @@ def draw_frontier(
                       color=look.colour, marker=look.marker, markersize=8, zorder=5,
                       markeredgecolor="white", linewidth=1.2)  # fmt: skip
         handle = Line2D([], [], color=look.colour, marker=look.marker, linestyle="")
-        entries.append((handle, f"{g.label}, {g.count} run{'' if g.count == '1' else 's'}"))
+        entries.append((handle, f"{g.label}, {counted(g.count)}"))
     axis.set_xlabel(title_of(x))
     axis.set_ylabel(title_of(y))
+    axis.margins(0.1)
     legend(figure, entries)
+    _name_decodings(axis, x, y, decodings)
     return figure
+
+
+def _name_decodings(
+    axis: Axes, x: str, y: str, decodings: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Each decoding's name where it covers no earlier name and no point, else not at all."""
+    inch = axis.figure.get_dpi()
+    # inches, after the layout; lines by points along them
+    drawn = [axis.transData.transform(line.get_xydata()) / inch for line in axis.lines]
+    steps = np.linspace(0, 1, 40)[:, None]
+    along = [a + steps * (b - a) for d in drawn for a, b in itertools.pairwise(d)]
+    marks = np.concatenate([*drawn, *along]) if drawn else np.empty((0, 2))
+    frame = axis.get_window_extent()
+    edge = frame.x1 / inch
+    taken: list[tuple[float, float, float, float]] = []
+    plain, with_min_p = chains(decodings)
+    for name in [*with_min_p, *plain]:
+        if x not in decodings[name] or y not in decodings[name]:
+            continue
+        here = axis.transData.transform((decodings[name][x], decodings[name][y])) / inch
+        text = name.replace(",min_p=", ", min-p ")
+        wide, high = 0.085 * len(text), 0.14  # inches at 9 points
+        for right, up in PLACES:
+            left = here[0] + (0.07 if right > 0 else -0.07 - wide if right < 0 else -wide / 2)
+            low = here[1] + (0.07 if up > 0 else -0.07 - high if up < 0 else -high / 2)
+            box = (left, low, left + wide, low + high)
+            covered = (
+                box[2] > edge
+                or any(_inside(m, box) for m in marks)
+                or any(_overlap(box, t) for t in taken)
+            )
+            if not covered:
+                taken.append(box)
+                colour = LOOKS[1][3] if name in with_min_p else BASE
+                at = axis.transData.inverted().transform((left * inch, low * inch))
+                axis.text(at[0], at[1], text, fontsize=9, color=colour, va="bottom")
+                break
+
+
+def _inside(point: np.ndarray, box: tuple[float, float, float, float]) -> bool:
+    return bool(box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3])
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _error(centre: float, values: list[float], interval: tuple[float, float] | None) -> Any:
@@ -139,19 +193,12 @@ def _draw_decodings(
     axis: Axes, x: str, y: str, decodings: Mapping[str, Mapping[str, float]]
 ) -> list[tuple[Any, str]]:
     entries: list[tuple[Any, str]] = []
-    looks: tuple[tuple[str, Any, str, str], ...] = (
-        ("base, plain temperatures", "-", "o", BASE),
-        ("base, min-p", "--", "s", "#777777"),
-    )
-    for (label, line, marker, colour), points in zip(looks, chains(decodings), strict=True):
+    for (label, line, marker, colour), points in zip(LOOKS, chains(decodings), strict=True):
         drawn = [(n, d[x], d[y]) for n in points if x in (d := decodings[n]) and y in d]
         if not drawn:
             continue
         _, xs, ys = zip(*drawn, strict=True)
         axis.plot(xs, ys, line, marker=marker, color=colour, markersize=4, linewidth=1.3)
-        for name, a, b in drawn:
-            axis.annotate(name.replace(",min_p=", ", min-p "), (a, b), xytext=(5, 5),
-                          textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
         entries.append((Line2D([], [], color=colour, linestyle=line, marker=marker), label))
         if label.endswith("temperatures") and "T=1" in points:
             at_one = decodings["T=1"]

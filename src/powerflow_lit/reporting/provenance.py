@@ -66,6 +66,16 @@ def _dates(runs: Sequence[Run]) -> str:
     return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC (files' times)"
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _joined(command: Sequence[Any]) -> str:
+    """One line to paste; the first part may hold several words (`python -m ...`)."""
+    program, *rest = map(str, command)
+    return " ".join([program, *map(shlex.quote, rest)])
+
+
 def train_commands(
     runs: Sequence[Run], sweeps: Sequence[tuple[Path, Mapping[str, Any]]]
 ) -> list[str]:
@@ -73,9 +83,10 @@ def train_commands(
     found = []
     inside: list[Path] = []
     for folder, sweep in sweeps:
-        command = sweep.get("command")
-        if isinstance(command, list) and command:
-            found.append(shlex.join(map(str, command)))
+        typed = [sweep.get("command"), *(_listed(sweep.get("commands")))]
+        commands = [_joined(c) for c in typed if isinstance(c, list) and c]
+        if commands:
+            found += commands
             inside.append(folder.resolve())
     for run in runs:
         if not any(folder in run.folder.resolve().parents for folder in inside):

@@ -81,8 +81,11 @@ class Run:
 
     @cached_property
     def final(self) -> dict[str, float]:
-        """`val/` metrics of the policy when it was last evaluated."""
-        return numbers(self.summary.get("final")) or self._evaluated(first=False)
+        """`val/` metrics of the policy when it was last evaluated; empty if it never was."""
+        said, seen = numbers(self.summary.get("final")), self._evaluated(first=False)
+        # a run stopped before its first evaluation repeats its base as final
+        repeated = said == self.base and not self.finished and not seen
+        return {} if repeated else said or seen
 
     @cached_property
     def base_decodings(self) -> dict[str, dict[str, float]]:
@@ -116,8 +119,8 @@ class Run:
 
     def last(self, metric: str) -> float | None:
         """The final figure: the summary's for val/, else the end of the curve."""
-        if metric in self.final:
-            return self.final[metric]
+        if metric.startswith("val/"):
+            return self.final.get(metric)
         curve = self.curve(metric)
         return curve[max(curve)] if curve else None
 
@@ -137,8 +140,8 @@ class Run:
         found = {}
         for metric in self.metrics:
             curve = self.curve(metric) if metric.startswith("val/") else {}
-            at = (0 if 0 in curve else None) if first else max(curve, default=None)
-            if at is not None:
+            at = 0 if first else max(curve, default=0)
+            if at in curve and (first or at > 0):
                 found[metric] = curve[at]
         return found
 
@@ -177,11 +180,13 @@ def collect(paths: Sequence[str]) -> Collection:
                 inner = folder.relative_to(root).as_posix()
                 name = prefix + inner if inner != "." else root.resolve().name
                 folders.append((folder, name))
+    missing_jobs, found.remarks = found.remarks, []
     for folder, name in tracked(folders, "reading runs"):
         run, remarks = read_run(folder, name)
         found.remarks += remarks
         if run is not None:
             found.runs.append(run)
+    found.remarks += missing_jobs  # last: while a sweep runs, there are many
     return found
 
 
@@ -282,7 +287,7 @@ def _amiss(run: Run) -> Iterator[str]:
     if not run.sheet.rows:
         yield "metrics.csv is missing or empty" + ("" if run.final else "; left out")
     elif not run.final:
-        yield "no val/ metrics: it was never evaluated"
+        yield "no val/ metrics of the policy: it was not evaluated"
     wrong = _not_finite(run)
     if wrong:
         yield f"values that are not finite numbers left out: {', '.join(sorted(wrong)[:6])}"

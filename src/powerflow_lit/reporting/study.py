@@ -18,6 +18,7 @@ from powerflow_lit.reporting.grouping import (
     known_key,
     panels_of,
     select,
+    varying_keys,
 )
 from powerflow_lit.reporting.runs import Run, collect
 from powerflow_lit.reporting.tables import matching
@@ -34,6 +35,7 @@ class Study:
     sweeps: list[tuple[Path, dict[str, Any]]]
     panels: list[Panel]
     keys: list[str]  # dotted keys that tell groups apart
+    panel_keys: list[str]  # those of them that panels do not already tell apart
     groups: list[Group]
     headline: str | None
     evaluations: list[Evaluated]
@@ -76,18 +78,19 @@ def study_of(config: ReportConfig) -> Study:
                        f"choose one with 'where={{task.name: {tasks[0]}}}'")  # fmt: skip
     panels, empty = panels_of(runs, config.panels, config.aliases)
     remarks += empty
-    keys = _keys(config, runs, panels)
+    keys = _keys(config, runs)
     evaluations, more = read_evaluations(config.evaluations, config.aliases)
     return Study(
         config, runs, remarks + more, notes, found.sweeps, panels, keys,
+        keys if config.group_by else keys_of(panels, config.aliases),
         group(runs, keys, config.aliases), headline_of(runs, config.headline), evaluations,
     )  # fmt: skip
 
 
-def _keys(config: ReportConfig, runs: Sequence[Run], panels: Sequence[Panel]) -> list[str]:
+def _keys(config: ReportConfig, runs: Sequence[Run]) -> list[str]:
     if config.group_by:
         return [known_key(k, runs, "group_by") for k in config.group_by]
-    keys = keys_of(panels, config.aliases)
+    keys = varying_keys(runs, config.aliases)
     if config.x is not None and runs:
         x = known_key(config.x, runs, "x")
         keys += [x] if x not in keys else []

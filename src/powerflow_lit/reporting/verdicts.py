@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from powerflow_lit.config.schema import VerdictConfig
@@ -106,15 +107,16 @@ def _convergence(seen: Evidence, limits: VerdictConfig) -> list[Finding]:
     if len(spread) < 2:
         return []
     first, last = spread[min(spread)], _end(spread, limits.tail)
-    said = f"residual spread on base samples {first:.3g} → {last:.3g}"
+    change = f" ({last / first - 1:+.0%})" if first > 0 else ""
+    said = f"residual spread on base samples {first:.3g} → {last:.3g}{change}"
     fell = last < limits.spread_fall * first
     small = None
     if seen.on_policy:
-        own = _end(seen.on_policy, limits.tail)
+        own = _median_end(seen.on_policy)
         said += f", on its own samples {own:.3g}"
         small = own < limits.on_policy_small * last
     if fell:
-        return [Finding("converging", f"{said} ({last / first - 1:+.0%})", "good")]
+        return [Finding("converging", said, "good")]
     if small:
         return [Finding("looks collapsed rather than converged", said, "bad")]
     if last > limits.spread_rise * first:
@@ -158,6 +160,13 @@ def _end(curve: Mapping[int, float], tail: int) -> float:
     refills = sorted(curve)
     taken = refills[-max(1, min(tail, len(refills) // 3)) :]
     return sum(curve[r] for r in taken) / len(taken)
+
+
+def _median_end(curve: Mapping[int, float]) -> float:
+    """Median over the last third: a single refill with a stray response does not count."""
+    refills = sorted(curve)
+    taken = refills[-max(1, len(refills) // 3) :]
+    return median(curve[r] for r in taken)
 
 
 def together(findings: Sequence[tuple[str, Finding]]) -> list[tuple[str, Tone, list[str]]]:

@@ -80,7 +80,7 @@ def _curves(study: Study) -> tuple[Figure | None, str]:
     if not metrics:
         study.remarks.append(f"no curves: no run has {', '.join(absent) or 'any metric asked for'}")
         return None, ""
-    rows = [(p.name, group(p.runs, study.keys, study.aliases)) for p in study.panels]
+    rows = [(p.name, group(p.runs, study.panel_keys, study.aliases)) for p in study.panels]
     return draw_curves(rows, metrics, study.config.smooth), caption
 
 
