@@ -13,7 +13,6 @@ import yaml
 from powerflow_lit import run_folder
 from powerflow_lit.assembly import wandb_mode
 from powerflow_lit.config.identity import config_hash
-from powerflow_lit.report import read_runs, table
 from powerflow_lit.resume import expand_resume
 from powerflow_lit.run_folder import MetricsCsv
 from powerflow_lit.types import Prompt, Trajectory
@@ -97,26 +96,3 @@ def test_wandb_is_online_only_with_a_key_or_a_login(
     assert wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_mode("auto") == "offline"
-
-
-def test_report_names_the_runs_that_it_cannot_use(tmp_path: Path) -> None:
-    for name, status in (("a", "finished"), ("b", "interrupted"), ("c", None)):
-        MetricsCsv(_made(tmp_path / name)).log_metrics({"val/pass@1": 0.5, "refill": 0}, step=0)
-        if status:
-            figures = {"val/avg@16": 0.25, "val/length_mean": 20.0}
-            run_folder.write_summary(
-                tmp_path / name,
-                {"status": status, "strategy": "powerflow", "alpha": 4.0, "refills": 1,
-                 "base": figures, "final": figures},
-            )  # fmt: skip
-    runs, remarks = read_runs([str(tmp_path), str(tmp_path / "nothing")])
-    assert len(runs) == 2
-    assert len(remarks) == 3
-    assert any("interrupted after 1" in r for r in remarks)
-    assert any("c: no summary.json" in r for r in remarks)
-    assert "| powerflow (alpha=4) | 2 | 0.250 ± 0.000 | 20.0 ± 0.0 |" in table(runs)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder

@@ -178,12 +178,51 @@ class EvaluateRolloutConfig:
 
 
 @dataclass
+class VerdictConfig:
+    """Thresholds of the report's verdicts."""
+
+    tail: int = MISSING
+    length_collapse: float = MISSING
+    length_growth: float = MISSING
+    repetition_rise: float = MISSING
+    truncation_rise: float = MISSING
+    format_loss: float = MISSING
+    spread_fall: float = MISSING
+    spread_rise: float = MISSING
+    on_policy_small: float = MISSING
+    peak_loss: float = MISSING
+    still_improving: float = MISSING
+
+
+@dataclass
+class BootstrapConfig:
+    draws: int = MISSING
+    level: float = MISSING
+    seed: int = MISSING
+
+
+@dataclass
 class ReportConfig:
     """`conf/report.yaml`."""
 
     runs: list[str] = MISSING
-    metrics: list[str] = MISSING
+    evaluations: list[str] = MISSING
     output: str = MISSING
+    title: str | None = MISSING
+    note: str | None = MISSING
+    metrics: list[str] = MISSING
+    headline: list[str] = MISSING
+    table: list[str] = MISSING
+    group_by: list[str] | None = MISSING
+    where: Any = MISSING  # a filter, or a list of alternative ones
+    panels: Any = MISSING  # null, a dotted key, or a list of {name, where}
+    x: str | None = MISSING
+    scatter: dict[str, str] | None = MISSING
+    smooth: int = MISSING
+    dpi: int = MISSING
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    verdict: VerdictConfig = field(default_factory=VerdictConfig)
+    aliases: dict[str, str] = MISSING
 
 
 @dataclass
