@@ -15,6 +15,8 @@ from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.run_folder import read_summary
 
+# there is nothing left to do; what a monitor stopped would only be stopped again
+ENDED = ("finished", "diverged")
 # what may differ between a run and its continuation
 NOT_IDENTITY = ("run_dir", "resume", "logger", "callbacks")
 
@@ -72,7 +74,7 @@ def find_unfinished(config: TrainConfig) -> Path | None:
         # alpha=4 and alpha=4.0 are spelt apart in the folder above
         for path in given.parent.parent.glob("*/*/config.yaml")
         if config_hash(yaml.safe_load(path.read_text())) == wanted
-        and (read_summary(path.parent) or {}).get("status") != "finished"
+        and (read_summary(path.parent) or {}).get("status") not in ENDED
     ]
     return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)
 

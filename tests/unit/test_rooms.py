@@ -27,6 +27,7 @@ FORBIDDEN = {
     "module.py": {"hydra", "omegaconf", "config"},
     "datamodule.py": {"hydra", "omegaconf", "config"},
     "callbacks.py": {"hydra", "omegaconf", "config"},
+    "monitor.py": {"hydra", "omegaconf", "config"},
     "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
     "report.py": {"torch", "models", "rollout", "module", "datamodule"},
 }  # fmt: skip
