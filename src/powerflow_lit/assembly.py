@@ -24,6 +24,7 @@ from powerflow_lit.evaluation import Decoding, EvaluationSettings
 from powerflow_lit.interrupt import StopOnInterrupt
 from powerflow_lit.models.loading import load_model, load_tokenizer, resolve_path
 from powerflow_lit.module import Objective, PowerFlowModule
+from powerflow_lit.monitor import Monitor, Rule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.tasks.base import Task
@@ -152,6 +153,7 @@ def build_callbacks(
         clock=clock,
     )
     steps = StepMetrics(clock)
+    checkpoint = Checkpoint(run_dir, every_n_refills=chosen.checkpoint.every_n_refills)
     return evaluation, [
         steps,
         evaluation,
@@ -166,8 +168,25 @@ def build_callbacks(
             headline=task.headline,
         ),
         StopOnInterrupt(),
+        *build_monitor(config, checkpoint.path),
         # last, so that a checkpoint holds what the others logged
-        Checkpoint(run_dir, every_n_refills=chosen.checkpoint.every_n_refills),
+        checkpoint,
+    ]
+
+
+def build_monitor(config: TrainConfig, checkpoint: Path) -> list[L.Callback]:
+    """The monitor of a `monitor=` choice; nothing where no rule is set."""
+    monitor = config.monitor
+    rules = [Rule(name=name, **vars(rule)) for name, rule in monitor.rules.items()]
+    if not rules:
+        return []
+    return [
+        Monitor(
+            rules,
+            pull_factor=monitor.pull_factor,
+            pull_recovery=monitor.pull_recovery,
+            checkpoint=checkpoint,
+        )
     ]
 
 

@@ -225,7 +225,8 @@ class Checkpoint(Callback):
         self.every_n_refills = every_n_refills
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _due(trainer, self.every_n_refills):
+        # a monitor that stops the run has chosen the checkpoint that stands
+        if not _due(trainer, self.every_n_refills) or trainer.should_stop:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".ckpt.tmp")

@@ -128,6 +128,8 @@ def final_table(summary: Mapping[str, Any]) -> Table:
         f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}"
         f" alpha={summary['alpha']:g}, {summary['refills']} refills"
     )
+    if summary.get("status") == "diverged":
+        title += ", diverged"
     return metrics_table(title, columns)
 
 

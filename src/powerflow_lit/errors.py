@@ -4,12 +4,14 @@ from hydra.errors import InstantiationException
 
 from powerflow_lit.config.checks import ConfigError
 from powerflow_lit.models.loading import ModelError
+from powerflow_lit.monitor import MonitorError
 from powerflow_lit.objectives import ObjectiveError
 from powerflow_lit.rollout import EngineError
 from powerflow_lit.tasks.base import TaskError
 
 USER_ERRORS = (
-    ConfigError, ModelError, TaskError, EngineError, ObjectiveError, InstantiationException,
+    ConfigError, ModelError, TaskError, EngineError, ObjectiveError, MonitorError,
+    InstantiationException,
 )  # fmt: skip
 
 

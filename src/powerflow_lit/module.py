@@ -80,6 +80,7 @@ class PowerFlowModule(L.LightningModule):
         self.tokens_per_microbatch = tokens_per_microbatch
         self.step_metrics: dict[str, Tensor] = {}
         self.skipped_steps = 0
+        self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
 
     @property
     def base(self) -> PreTrainedModel:
@@ -90,7 +91,8 @@ class PowerFlowModule(L.LightningModule):
     def alpha(self) -> float:
         """alpha at this point of training."""
         epochs = self.trainer.max_epochs if self._trainer is not None else 0
-        return self.alpha_schedule(self.alpha_value, self.current_epoch / max(epochs or 0, 1))
+        alpha = self.alpha_schedule(self.alpha_value, self.current_epoch / max(epochs or 0, 1))
+        return alpha if self.alpha_pull == 1 else 1 + (alpha - 1) * self.alpha_pull
 
     # --- the method -----------------------------------------------------------------------------
 
@@ -233,6 +235,7 @@ class PowerFlowModule(L.LightningModule):
         checkpoint["powerflow"] = {
             "calibration": dict(self.calibration),
             "skipped_steps": self.skipped_steps,
+            "alpha_pull": self.alpha_pull,
             "random_state": _random_state(),
         }
 
@@ -240,6 +243,7 @@ class PowerFlowModule(L.LightningModule):
         state = checkpoint["powerflow"]
         self.calibration = dict(state["calibration"])
         self.skipped_steps = state["skipped_steps"]
+        self.alpha_pull = state.get("alpha_pull", 1.0)
         self._random_state_to_restore = state["random_state"]
 
     def on_train_start(self) -> None:

@@ -13,6 +13,7 @@ from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.run_folder import read_summary
+from powerflow_lit.sweep import ENDED
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,6 @@ def find_unfinished(config: TrainConfig) -> Path | None:
         # alpha=4 and alpha=4.0 are spelt apart in the folder above
         for path in given.parent.parent.glob("*/*/config.yaml")
         if config_hash(yaml.safe_load(path.read_text())) == wanted
-        and (read_summary(path.parent) or {}).get("status") != "finished"
+        and (read_summary(path.parent) or {}).get("status") not in ENDED
     ]
     return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)

@@ -39,6 +39,7 @@ from powerflow_lit.console import final_table, phase_line, quiet, wide_console
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.monitor import Monitor
 from powerflow_lit.resume import checkpoint_of, expand_resume, find_unfinished
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 
@@ -84,13 +85,14 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-    status = "failed"
+    status, stopped_by = "failed", None
     try:
         path = str(checkpoint.path) if checkpoint else None
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
-        if config.callbacks.export:
+        stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
+        if config.callbacks.export and stopped_by is None:
             run_folder.export(policy, tokenizer, run_dir)
-        status = "finished"
+        status = "finished" if stopped_by is None else "diverged"
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
@@ -100,6 +102,8 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         for callback in callbacks:
             getattr(callback, "stop", lambda: None)()
         summary = _summary(config, status, module, data, evaluation, clock)
+        if stopped_by is not None:
+            summary["stopped_by"] = stopped_by
         run_folder.write_summary(run_dir, summary)
         if config.logger.name == "wandb":
             _finish_wandb(loggers[-1], summary)

@@ -51,7 +51,7 @@ def test_every_task_composes_with_every_strategy_and_builds_its_objective(
     [
         (group, choice)
         for group in ("log_z", "rollout", "alpha_schedule", "trainer", "callbacks", "logger",
-                      "optimizer", "debug", "guard", "experiment", "sweep")
+                      "optimizer", "debug", "guard", "monitor", "experiment", "sweep")
         for choice in choices(group)
         if choice not in NEEDS_A_PLUGIN
     ],
@@ -90,6 +90,15 @@ def test_a_run_has_no_guard_unless_it_is_asked_for() -> None:
     assert checked("guard=min_p").guard.min_p == 0.02
 
 
+def test_by_default_a_run_is_warned_of_divergence_and_never_stopped_or_pulled() -> None:
+    assert {rule.action for rule in checked().monitor.rules.values()} == {"warn"}
+    stop, pull = checked("monitor=stop").monitor.rules, checked("monitor=pull_alpha").monitor.rules
+    assert stop.keys() == checked().monitor.rules.keys() < pull.keys()
+    assert {rule.action for rule in stop.values()} == {"stop"}
+    assert {n for n, r in pull.items() if r.action == "pull"} == {"validity", "format_share", "kl"}
+    assert checked("monitor=none").monitor.rules == {}
+
+
 def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
     powerflow = checked("epsilon=0.3").strategy
     assert powerflow.format_penalty == -0.5
@@ -124,6 +133,15 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("guard.min_p=1",), r"guard.min_p=1.0: must lie in \[0, 1\)"),
         (("guard.min_p=-0.1",), "guard.min_p=-0.1"),
         (("+guard.top_p=0.9",), "unknown key 'guard.top_p'"),
+        (("+monitor.rules.length.abov=3",), r"did you mean monitor.rules.length.above\?"),
+        (("monitor.rules.length.action=halt",), "action=halt: choose one of warn, stop, pull"),
+        (("monitor.rules.length.below=null",), "monitor.rules.length: has no bound"),
+        (("+monitor.rules.length.above=0.4",), "below=0.5 and above=0.4"),
+        (("monitor.rules.length.relative=true",), "relative=True: choose one of factor, diff"),
+        (("monitor.rules.length.patience=0",), "patience=0"),
+        (("+monitor.rules.x={metric: a, above: 1, patience: 1}",), "monitor.rules.x.action"),
+        (("monitor.pull_factor=1",), "monitor.pull_factor=1.0"),
+        (("monitor=pull_alpha", "strategy=rl_traj"), "action=pull with strategy=rl_traj"),
         (("model.dtype=float64",), "model.dtype=float64"),
         (("buffer.log_p_old=both",), "auto, engine, trainer"),
         (("model=hf",), "model.path"),
@@ -136,11 +154,12 @@ def test_bad_values_are_named(overrides: tuple[str, ...], message: str) -> None:
 
 def test_every_value_in_conf_is_explained() -> None:
     """A field carries a comment in one of its group's files, unless its name says all."""
+    groups = {"strategy", "optimizer", "rollout", "log_z", "guard", "monitor"}
     plain = {"name", "_target_", "_partial_", "betas", "dtype"}
     for path in CONF.glob("**/*.yaml"):
         text = path.read_text()
         assert text.startswith("#"), f"{path.name} does not say what it is"
-        if path.parent.name not in ("strategy", "optimizer", "rollout", "log_z", "guard"):
+        if path.parent.name not in groups:
             continue
         known = "\n".join(p.read_text() for p in path.parent.glob("*.yaml"))
         for key in re.findall(r"^ *(\w+): *[^\s#]", text, flags=re.M):

@@ -29,6 +29,7 @@ FORBIDDEN = {
     "callbacks.py": {"hydra", "omegaconf", "config"},
     "enumerable.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
                       "rollout", "tasks", "metrics", "module", "datamodule", "log_z"},
+    "monitor.py": {"hydra", "omegaconf", "config"},
     "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
     "dashboard.py": {"torch", "models", "rollout", "module", "datamodule", "callbacks"},
     "wandb_login.py": {"torch", "lightning", "models", "config"},

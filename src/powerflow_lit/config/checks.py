@@ -45,6 +45,7 @@ def train_config(cfg: DictConfig) -> TrainConfig:
     config = typed(cfg, TrainConfig)
     _check_ranges(config)
     _check_combinations(config)
+    _check_monitor(config)
     return config
 
 
@@ -96,8 +97,7 @@ def _check_combinations(config: TrainConfig) -> None:
         f"rollout.prompts_per_refill={prompts} is not divisible by "
         f"buffer.updates_per_refill={updates}: an update holds whole prompt groups",
     )
-    objective = str(config.strategy.objective.get("_target_", ""))
-    is_rl = objective.endswith("PolicyGradientObjective")
+    is_rl = _is_rl(config)
     _require(
         not is_rl or config.alpha > 1,
         f"alpha={config.alpha} with strategy={config.strategy.name}: beta = 1/(alpha-1) must be "
@@ -118,11 +118,49 @@ def _check_combinations(config: TrainConfig) -> None:
     )
 
 
+def _check_monitor(config: TrainConfig) -> None:
+    monitor = config.monitor
+    _require(
+        0 < monitor.pull_factor < 1,
+        f"monitor.pull_factor={monitor.pull_factor}: must lie in (0, 1), e.g. 0.5",
+    )
+    _require(
+        0 < monitor.pull_recovery <= 1,
+        f"monitor.pull_recovery={monitor.pull_recovery}: must lie in (0, 1], e.g. 0.1",
+    )
+    is_rl = _is_rl(config)
+    for name, rule in monitor.rules.items():
+        key = f"monitor.rules.{name}"
+        _one_of(f"{key}.action", rule.action, ("warn", "stop", "pull"))
+        if rule.relative is not None:
+            _one_of(f"{key}.relative", rule.relative, ("factor", "difference"))
+        _require(rule.patience >= 1, f"{key}.patience={rule.patience}: must be 1 or more")
+        _require(
+            rule.above is not None or rule.below is not None,
+            f"{key}: has no bound, so it can never be broken: set above or below",
+        )
+        _require(
+            rule.above is None or rule.below is None or rule.below < rule.above,
+            f"{key}: below={rule.below} and above={rule.above} leave no value unbroken",
+        )
+        _require(
+            not (is_rl and rule.action == "pull"),
+            f"{key}.action=pull with strategy={config.strategy.name}: beta = 1/(alpha-1) grows "
+            "without bound as alpha nears 1; take action=stop or a balance strategy",
+        )
+
+
+def _is_rl(config: TrainConfig) -> bool:
+    return str(config.strategy.objective.get("_target_", "")).endswith("PolicyGradientObjective")
+
+
 def _unknown_key(error: ConfigKeyError, schema: type) -> str:
     wrong = str(error.full_key or error.key)
     parent, _, leaf = wrong.rpartition(".")
     node: Any = OmegaConf.structured(schema)
-    known = list(OmegaConf.select(node, parent).keys()) if parent else list(node.keys())
+    if parent:  # below a name that the user chose the schema holds nothing, but the error knows
+        node = OmegaConf.select(node, parent) or OmegaConf.structured(error.object_type)
+    known = list(node.keys())
     close = difflib.get_close_matches(leaf, [str(k) for k in known], n=1)
     prefix = f"{parent}." if parent else ""
     hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(map(str, known))}"

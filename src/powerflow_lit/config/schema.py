@@ -119,6 +119,24 @@ class CallbacksConfig:
 
 
 @dataclass
+class RuleConfig:
+    metric: str = MISSING
+    action: str = MISSING
+    patience: int = MISSING
+    above: float | None = None
+    below: float | None = None
+    relative: str | None = None
+    hint: str = ""
+
+
+@dataclass
+class MonitorConfig:
+    rules: dict[str, RuleConfig] = field(default_factory=dict)
+    pull_factor: float = MISSING
+    pull_recovery: float = MISSING
+
+
+@dataclass
 class LoggerConfig:
     name: str = MISSING
     project: str = MISSING
@@ -143,6 +161,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: dict[str, Any] = MISSING
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     alpha: float = MISSING
     epsilon: float = MISSING
