@@ -87,7 +87,7 @@ def test_alpha_defaults_to_what_the_paper_gives_for_task_and_kind() -> None:
 
 def test_a_run_has_no_guard_unless_it_is_asked_for() -> None:
     assert checked("task=creative").guard.min_p == 0
-    assert checked("guard=min_p").guard.min_p == 0.02
+    assert checked("guard=min_p").guard.min_p == 0.05
 
 
 def test_by_default_a_run_is_warned_of_divergence_and_never_stopped_or_pulled() -> None:
