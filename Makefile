@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 PINS := -c requirements/cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu demo doctor test test-slow check lint type format pretrain \
+.PHONY: help install install-gpu demo doctor test test-slow check lint type format pretrain experiments \
 	clean distclean venv setup-cpu setup-gpu
 
 help: ## this list
@@ -53,6 +53,12 @@ lint: $(STAMP) ## ruff: rules and format
 
 type: $(STAMP) ## mypy
 	$(BIN)/mypy
+
+experiments: ## the studies, their commands and where the results stand
+	@for f in experiments/*/README.md; do \
+		echo "$$(dirname $$f): $$(head -1 $$f | sed 's/^# *//')"; \
+		sed -n '/^```/,/^```/{/^```/d;s/^/    /p;}' $$f; \
+	done
 
 format: $(STAMP) ## let ruff mend and format what it can
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ from __future__ import annotations
 import cmath
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -334,6 +335,7 @@ def reference_metrics(reference: Reference, batch: Ragged) -> dict[str, float]:
     return {
         "residual_mean": sum(residuals) / len(batch),
         "residual_abs": sum(map(abs, residuals)) / len(batch),
+        "residual_std": statistics.pstdev(residuals),
         "log_z": sum(batch.log_z) / len(batch),
         "corr_residual_length": float(np.corrcoef(residuals, lengths)[0, 1]),
         "entropy": -S / tokens,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import netrc
-import os
 import uuid
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import lightning as L
 import torch
@@ -30,6 +27,7 @@ from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.tasks.base import Task
+from powerflow_lit.wandb_login import wandb_mode
 
 
 def build_model(config: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
@@ -129,6 +127,7 @@ def build_datamodule(
             logp_gap_trajectories=rollout.logp_gap_trajectories,
             logp_gap_limit=rollout.logp_gap_limit,
             tokens_per_microbatch=config.tokens_per_microbatch,
+            guard_min_p=config.guard.min_p,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,
@@ -142,6 +141,7 @@ def build_callbacks(
     """The evaluation callback, and all callbacks in the order in which they must run."""
     chosen = config.callbacks
     evaluation = Evaluation(
+        run_dir,
         every_n_refills=chosen.evaluation.every_n_refills,
         settings=EvaluationSettings(
             samples_per_prompt=chosen.evaluation.samples_per_prompt,
@@ -175,6 +175,8 @@ def build_wandb(config: TrainConfig, run_dir: Path) -> Logger:
     """The W&B logger; the run's id is kept in the run folder, so that a resumed run goes on."""
     import wandb
 
+    if wandb.run is not None:  # of a job that broke off; Lightning would go on writing into it
+        wandb.run.finish(exit_code=1)
     id_file = run_dir / "wandb" / "run_id"
     if not id_file.exists():
         id_file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,26 +191,15 @@ def build_wandb(config: TrainConfig, run_dir: Path) -> Logger:
         offline=offline,
         group=config.logger.group,
         job_type=config.strategy.name,
-        tags=list(config.logger.tags),
+        tags=wandb_tags(config),
         config=dict(as_dict(config)),
         resume="allow",
         settings=wandb.Settings(silent=True),
     )
 
 
-def wandb_mode(mode: str) -> str:
-    """`auto` is online with a key or a login, offline otherwise; WANDB_MODE has the first word."""
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "online" if _has_wandb_login() else "offline")
-    # Lightning leaves the old name behind when a run was offline
-    return "offline" if mode == "dryrun" else mode
-
-
-def _has_wandb_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def wandb_tags(config: TrainConfig) -> list[str]:
+    """What a panel or a table is filtered by, then the user's own; W&B takes 64 characters each."""
+    automatic = [config.strategy.name, config.task.name, config.model.name]
+    tags = [*automatic, f"alpha={config.alpha:g}", *config.logger.tags]
+    return list(dict.fromkeys(tag[:64] for tag in tags))

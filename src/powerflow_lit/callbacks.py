@@ -15,10 +15,10 @@ from lightning.pytorch.loggers import WandbLogger
 
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.datamodule import RolloutDataModule
-from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, with_prefix
+from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, val_metrics
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout.buffer import pack, unpack
-from powerflow_lit.run_folder import append_samples, sample_rows
+from powerflow_lit.run_folder import append_problems, append_samples, sample_rows
 from powerflow_lit.types import TrajectoryBatch
 
 
@@ -92,12 +92,14 @@ class Evaluation(Callback):
 
     def __init__(
         self,
+        folder: Path,
         *,
         every_n_refills: int,
         settings: EvaluationSettings,
         base_decodings: Sequence[Decoding],
         clock: PhaseClock,
     ) -> None:
+        self.folder = folder
         self.every_n_refills, self.settings, self.clock = every_n_refills, settings, clock
         self.decodings = list(base_decodings)
         self.base: dict[str, float] = {}
@@ -132,7 +134,7 @@ class Evaluation(Callback):
                 data.on_progress(f"evaluation {decoding.name}", done, total, tokens)
 
         with self.clock("eval"):
-            metrics = evaluate(
+            scores = evaluate(
                 data.engine,
                 data.tokenizer,
                 data.task,
@@ -142,7 +144,9 @@ class Evaluation(Callback):
                 self.settings,
                 report,
             )
-        return with_prefix(metrics)
+        refill = trainer.current_epoch + 1 if trainer.global_step else 0
+        append_problems(self.folder, refill, decoding.name, [p.id for p in prompts], scores)
+        return val_metrics(scores)
 
     def state_dict(self) -> dict[str, Any]:
         return {"base": self.base, "base_decodings": self.base_decodings, "final": self.final}

@@ -14,13 +14,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.metrics import text
+from powerflow_lit.models.guard import removed_mass
 from powerflow_lit.models.loading import policy_weights
-from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
 from powerflow_lit.tasks.base import Task, TaskError, mean
 from powerflow_lit.types import (
+    AllowedTokens,
     Completion,
     Prompt,
     Sampling,
@@ -47,6 +49,7 @@ class RolloutSettings:
     logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
     logp_gap_limit: float  # nats, largest tolerated difference of one token
     tokens_per_microbatch: int  # of the scoring passes
+    guard_min_p: float  # rollouts and log-probs keep to tokens of so much of the top one's; 0: all
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -124,6 +127,7 @@ class RolloutDataModule(L.LightningDataModule):
         sampling = Sampling(
             settings.samples_per_prompt,
             settings.max_new_tokens,
+            min_p=settings.guard_min_p,
             seed=random.Random(f"{self.seed}-{index}").randrange(2**31),
         )
         total = len(prompts) * settings.samples_per_prompt
@@ -135,12 +139,12 @@ class RolloutDataModule(L.LightningDataModule):
             )
         with self.clock("score"):
             trajectories = self._trajectories(prompts, completions, index)
-            trajectories, gap = self._scored(trajectories)
+            trajectories, scoring = self._scored(trajectories)
         self.buffer.add(trajectories, index)
         if index == 0:
             module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
         self.tokens_generated += sum(t.length for t in trajectories)
-        self.refill_metrics = {**rollout_metrics(trajectories), **gap}
+        self.refill_metrics = {**rollout_metrics(trajectories), **scoring}
 
     def sync_engine(self) -> None:
         """Give the engine the policy's weights, unless it has them."""
@@ -244,16 +248,21 @@ class RolloutDataModule(L.LightningDataModule):
 
     @torch.no_grad()
     def _scored(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
-        """With base log-probs, and behaviour log-probs from the engine or the trainer."""
+        """With base log-probs, and behaviour log-probs from the engine or the trainer.
+
+        Under a guard both are over the allowed tokens, which the trajectories then carry; what is
+        compared with the engine is always over the full vocabulary, as the engine reports it.
+        """
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        if self.settings.guard_min_p > 0:
+            return self._scored_under_guard(trajectories, rows)
         log_p_base = self._log_probs(self._module.base, rows, "score")
-        few = trajectories[: self.settings.logp_gap_trajectories]
-        ours = self._log_probs(self._module.policy, rows[: len(few)])
-        gap = torch.cat([(a - t.log_p_old).abs() for a, t in zip(ours, few, strict=True)])
-        self._refuse_gap(float(gap.max()))
+        few = rows[: self.settings.logp_gap_trajectories]
+        gap = self._gap(self._log_probs(self._module.policy, few), trajectories)
         mean_length = mean([t.length for t in trajectories])
         use_engine = self.settings.log_p_old == "engine" or (
-            self.settings.log_p_old == "auto" and float(gap.mean()) * mean_length < 0.01
+            self.settings.log_p_old == "auto"
+            and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
         )
         log_p_old = (
             [t.log_p_old for t in trajectories]
@@ -264,18 +273,57 @@ class RolloutDataModule(L.LightningDataModule):
             replace(t, log_p_base=b, log_p_old=o)
             for t, b, o in zip(trajectories, log_p_base, log_p_old, strict=True)
         ]
+        return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
+
+    def _scored_under_guard(
+        self, trajectories: list[Trajectory], rows: Sequence[Row]
+    ) -> tuple[list[Trajectory], dict[str, float]]:
+        """`_scored` over the tokens that the policy, as it is at this refill, allows."""
+        guarded = self._guarded(rows)
+        few = guarded[: self.settings.logp_gap_trajectories]
+        gap = self._gap([g.log_prob_full for g in few], trajectories)
+        allowed = [g.allowed for g in guarded]
+        log_p_base = self._log_probs(self._module.base, rows, "score", allowed)
+        # the pass that finds the allowed tokens also yields the trainer's log-probs
+        use_engine = self.settings.log_p_old == "engine"
+        scored = [
+            replace(
+                t,
+                log_p_base=base,
+                log_p_old=g.log_prob + (t.log_p_old - g.log_prob_full if use_engine else 0.0),
+                allowed=g.allowed,
+            )
+            for t, base, g in zip(trajectories, log_p_base, guarded, strict=True)
+        ]
+        outside = torch.cat([removed_mass(g.log_prob_full, g.log_prob) for g in guarded])
         return scored, {
-            "selfcheck/engine_logp_gap": float(gap.max()),
-            "selfcheck/engine_logp_gap_mean": float(gap.mean()),
+            **gap,
             "rollout/log_p_old_from_engine": float(use_engine),
+            "rollout/guard_removed_mass": float(outside.mean()),
         }
+
+    def _guarded(self, rows: Sequence[Row]) -> list[GuardedResponse]:
+        """What the guard allows at each token of the responses under the policy as it is now."""
+        assert self.trainer is not None
+        batch = TokenBatch.collate(rows, self.pad_id).to(self._module.device)
+        with self.trainer.precision_plugin.forward_context():
+            return guarded_responses(
+                self._module.policy,
+                batch,
+                min_p=self.settings.guard_min_p,
+                tokens_per_microbatch=self.settings.tokens_per_microbatch,
+            )
 
     @torch.no_grad()
     def _log_probs(
-        self, model: Any, rows: Sequence[Row], report: str | None = None
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        report: str | None = None,
+        allowed: Sequence[AllowedTokens] | None = None,
     ) -> list[torch.Tensor]:
         """Log-probs of the responses of (prompt ids, response ids) rows, in the precision of
-        training, (L,) nats each."""
+        training, (L,) nats each; over the full vocabulary, or the allowed tokens."""
         assert self.trainer is not None
         done = 0
 
@@ -285,7 +333,7 @@ class RolloutDataModule(L.LightningDataModule):
             if report is not None:
                 self._report(report, done, len(rows), 0)
 
-        batch = TokenBatch.collate(rows, self.pad_id).to(self._module.device)
+        batch = TokenBatch.collate(rows, self.pad_id, allowed).to(self._module.device)
         with self.trainer.precision_plugin.forward_context():
             scores = response_scores(
                 model,
@@ -295,6 +343,18 @@ class RolloutDataModule(L.LightningDataModule):
             )
         log_prob = scores.log_prob.float().cpu()
         return [row[: len(response)] for row, (_, response) in zip(log_prob, rows, strict=True)]
+
+    def _gap(
+        self, ours: Sequence[torch.Tensor], trajectories: Sequence[Trajectory]
+    ) -> dict[str, float]:
+        """Differences between the trainer's log-probs and the engine's on as many trajectories."""
+        pairs = zip(ours, trajectories[: len(ours)], strict=True)
+        gap = torch.cat([(a - t.log_p_old).abs() for a, t in pairs])
+        self._refuse_gap(float(gap.max()))
+        return {
+            "selfcheck/engine_logp_gap": float(gap.max()),
+            "selfcheck/engine_logp_gap_mean": float(gap.mean()),
+        }
 
     def _refuse_gap(self, gap: float) -> None:
         if not gap <= self.settings.logp_gap_limit:

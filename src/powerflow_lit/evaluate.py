@@ -25,11 +25,11 @@ from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.console import metrics_table, quiet, wide_console
 from powerflow_lit.errors import USER_ERRORS, root_cause
-from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, with_prefix
+from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, val_metrics
 from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.models.prompting import encode_prompts
 from powerflow_lit.resume import checkpoint_of, policy_state
-from powerflow_lit.run_folder import versions
+from powerflow_lit.run_folder import append_problems, git_commit, versions
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -52,6 +52,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         seed=config.seed,
     )
     results: dict[str, dict[str, float]] = {}
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "problems.csv").unlink(missing_ok=True)
     try:
         engine.sync(policy_weights(model), 0)
         with Progress(transient=True) as progress:
@@ -61,7 +64,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                     1 if decoding.temperature == 0 else config.samples_per_prompt
                 )
                 bar = progress.add_task(decoding.name, total=total)
-                metrics = evaluate(
+                scores = evaluate(
                     engine,
                     tokenizer,
                     task,
@@ -71,18 +74,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                     settings,
                     partial(_advance, progress, bar),
                 )
-                results[decoding.name] = with_prefix(metrics)
+                results[decoding.name] = val_metrics(scores)
+                append_problems(output, 0, decoding.name, [p.id for p in prompts], scores)
     finally:
         engine.close()
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     record = {
         "task": config.task.name,
+        "run": config.run,
         "model": config.model.path,
         "samples_per_prompt": config.samples_per_prompt,
         "seed": config.seed,
         "results": results,
         "versions": versions(),
+        "git_commit": git_commit(),
     }
     (output / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
     return record

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.models.prompting import decode
 from powerflow_lit.rollout import RolloutEngine
-from powerflow_lit.tasks.base import Response, Sampled, Task
+from powerflow_lit.tasks.base import Response, Sampled, Task, mean_scores
 from powerflow_lit.types import Completion, Prompt, Sampling
 
 
@@ -45,8 +45,8 @@ def evaluate(
     decoding: Decoding,
     settings: EvaluationSettings,
     on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """`val/` metrics (without the prefix) of the engine's present weights.
+) -> list[dict[str, float]]:
+    """Figures of each prompt (without the prefix `val/`) under the engine's present weights.
 
     Args:
         prompts, prompt_ids: the task's evaluation prompts and their token ids, in order.
@@ -60,7 +60,7 @@ def evaluate(
         seed=settings.seed,
     )
     completions = engine.generate(prompt_ids, sampling, on_progress)
-    return task.evaluate(sampled(tokenizer, prompts, completions))
+    return [task.score(sample) for sample in sampled(tokenizer, prompts, completions)]
 
 
 def sampled(
@@ -83,6 +83,6 @@ def sampled(
     ]
 
 
-def with_prefix(metrics: Mapping[str, float], prefix: str = "val/") -> dict[str, float]:
-    """The same metrics under their full names."""
-    return {prefix + name: value for name, value in metrics.items()}
+def val_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`val/` metrics of an evaluation: the means over its prompts."""
+    return {f"val/{name}": value for name, value in mean_scores(scores).items()}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 from powerflow_lit.log_z import LogZ, LogZContext
 from powerflow_lit.models.loading import frozen_copy
 from powerflow_lit.models.logprobs import Scores, prompt_states, response_scores
-from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError
+from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
 from powerflow_lit.types import TrajectoryBatch
 
 Objective = Callable[..., LossOutput]
@@ -105,6 +105,8 @@ class PowerFlowModule(L.LightningModule):
             self._skip_step(str(error))
             return None
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
+        if self.uses_log_z:
+            self.step_metrics["log_z_group"] = self.group_log_z(inputs)
         return self.loss_scale * output.loss
 
     def policy_scores(self, batch: TrajectoryBatch) -> Scores:
@@ -146,6 +148,11 @@ class PowerFlowModule(L.LightningModule):
         objective: Any = self.objective
         mismatch = objective.mismatch(inputs, alpha=self.alpha, **self.calibration)
         return mismatch, objective.weight(inputs).value
+
+    def group_log_z(self, inputs: LossInputs) -> Tensor:
+        """Mean of the closed form of log Z over the prompts, () nats: what `log_z` should equal."""
+        mismatch, weight = self.mismatch_and_weight(inputs)
+        return group_log_z(mismatch, weight, inputs.prompt_index).mean()
 
     @torch.no_grad()
     def calibrate(self, first_refill: TrajectoryBatch) -> None:

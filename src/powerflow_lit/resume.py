@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +9,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from powerflow_lit.config.checks import ConfigError, as_dict
+from powerflow_lit.config.checks import as_dict
+from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.run_folder import read_summary
-
-# what may differ between a run and its continuation
-NOT_IDENTITY = ("run_dir", "resume", "logger", "callbacks")
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,3 @@ def find_unfinished(config: TrainConfig) -> Path | None:
         and (read_summary(path.parent) or {}).get("status") != "finished"
     ]
     return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)
-
-
-def config_hash(config: object) -> str:
-    """Equal for runs that would do the same, whatever their folder and logging."""
-    if not isinstance(config, dict):
-        raise ConfigError("a configuration must be a mapping")
-    identity = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The files of a run: metrics.csv, samples.jsonl, summary.json, configs and the export."""
+"""The files of a run: metrics, samples, evaluated problems, summary, configs and the export."""
 
 from __future__ import annotations
 
@@ -100,6 +100,49 @@ def cut_samples(folder: Path, refills: int) -> None:
         # a line without its end was being written when the run was killed
         whole = [line for line in lines if line.endswith("\n")]
         path.write_text("".join(x for x in whole if json.loads(x)["refill"] <= refills))
+
+
+def append_problems(
+    folder: Path,
+    refill: int,
+    decoding: str,
+    prompt_ids: Sequence[int],
+    scores: Sequence[Mapping[str, float]],
+) -> None:
+    """Add one evaluation to problems.csv, a row for each prompt; refill 0 is the base."""
+    new = [
+        {"refill": refill, "decoding": decoding, "prompt_id": i, **score}
+        for i, score in zip(prompt_ids, scores, strict=True)
+    ]
+    _write_problems(folder, [*read_problems(folder), *new])
+
+
+def read_problems(folder: Path) -> list[dict[str, Any]]:
+    """The rows of problems.csv as text; none if there is no such file."""
+    path = folder / "problems.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cut_problems(folder: Path, refills: int) -> None:
+    """Drop the evaluations that the resumed checkpoint does not hold; all without a checkpoint."""
+    rows = read_problems(folder)
+    if rows:
+        _write_problems(folder, [r for r in rows if refills and int(r["refill"]) <= refills])
+
+
+def _write_problems(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path = folder / "problems.csv"
+    aside = path.with_suffix(".csv.tmp")
+    # greedy decoding has a k of its own: avg@1 beside avg@16
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with aside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(aside, path)
 
 
 def sample_rows(

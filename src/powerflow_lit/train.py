@@ -8,7 +8,8 @@ python -m powerflow_lit.train -m strategy=tb_traj,tb_token,powerflow alpha=2,4
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.resume import checkpoint_of, expand_resume, find_unfinished
+from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 
 
 def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock)
     step, refills = checkpoint.progress if checkpoint else (None, 0)
     run_folder.cut_samples(run_dir, refills)
+    run_folder.cut_problems(run_dir, refills)
     loggers: list[Any] = [run_folder.MetricsCsv(run_dir, keep_until=step)]
     if config.logger.name == "wandb":
         loggers.append(build_wandb(config, run_dir))
@@ -167,27 +170,68 @@ def _job_folder(run_dir: str, output_dir: str, overrides: Sequence[str]) -> str:
 def _main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        folder = Path(_job_folder(cfg.run_dir, hydra_config.runtime.output_dir, overrides))
+        try:
+            return _job(cfg, folder, overrides)
+        except Exception:
+            # the other jobs go on, and SweepCallback lists this one at the end; a sweeper that
+            # optimises must see the error itself
+            if not all_jobs_known(hydra_config):
+                raise
+            return None
     try:
         config = train_config(with_available_engine(cfg))
-        if hydra_config.mode == RunMode.MULTIRUN:
-            config.run_dir = _job_folder(config.run_dir, hydra_config.runtime.output_dir, overrides)
-        elif config.resume == "auto":
+        if config.resume == "auto":
             config.run_dir = str(find_unfinished(config) or config.run_dir)
-        run_dir = Path(config.run_dir)
-        quiet()
-        announce(config, run_dir)
-        summary = run(config, run_dir, overrides)
+        return _headline(_announced_run(config, overrides))
     except USER_ERRORS as error:
-        # a job of a multirun must raise, or the sweep would take it for finished
-        if hydra_config.mode == RunMode.MULTIRUN:
-            raise
         print(f"error: {root_cause(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | None:
+    """One job of a sweep: skipped if it has ended before, resumed if it had begun.
+
+    An error is printed and kept in summary.json before it is raised.
+    """
+    state = job_state(folder)
+    if state in ENDED:
+        summary = run_folder.read_summary(folder) or {}
+        commit = str(summary.get("git_commit"))[:7]
+        print(f"skipped: {folder} {state} before (commit {commit}); delete it to run it again")
+        return _headline(summary)
+    try:
+        config = train_config(with_available_engine(cfg))
+        config.run_dir = str(folder)
+        config.resume = str(folder) if state in ("unfinished", "failed") else None
+        return _headline(_announced_run(config, overrides))
+    except Exception as error:
+        if not isinstance(error, USER_ERRORS):
+            traceback.print_exc()
+        print(f"error: {root_cause(error)}", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = run_folder.read_summary(folder) or {}
+        failure = {**summary, "status": "failed", "error": str(root_cause(error))}
+        run_folder.write_summary(folder, failure)
+        raise
+
+
+def _announced_run(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The run, with what a person wants to know before and after it."""
+    run_dir = Path(config.run_dir)
+    quiet()
+    announce(config, run_dir)
+    summary = run(config, run_dir, overrides)
     wide_console().print(
         final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n"
     )
-    headline = next(iter(summary["final"]), None)
-    return None if headline is None else float(summary["final"][headline])
+    return summary
+
+
+def _headline(summary: Mapping[str, Any]) -> float | None:
+    """The task's first `val/` metric, for sweepers that optimise."""
+    return next((float(value) for value in summary.get("final", {}).values()), None)
 
 
 def main() -> None:

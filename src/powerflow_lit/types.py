@@ -40,6 +40,38 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class AllowedTokens:
+    """The tokens that a guard allows at each place, ragged: most places allow very few. P places.
+
+    A padded matrix would be as wide as the one place where the policy was least sure.
+    """
+
+    ids: Tensor  # (sum of counts,) int32 token ids, place after place
+    counts: Tensor  # (P,) int32, each 1 or more
+
+    @classmethod
+    def cat(cls, parts: Sequence[AllowedTokens]) -> AllowedTokens:
+        """The places of all parts, one part after the other."""
+        return cls(torch.cat([p.ids for p in parts]), torch.cat([p.counts for p in parts]))
+
+    def split(self, places: Sequence[int]) -> list[AllowedTokens]:
+        """Undoes `cat`: parts of so many places each, in memory of their own."""
+        counts = self.counts.split(list(places))
+        ids = self.ids.split([int(c.sum()) for c in counts])
+        return [AllowedTokens(i.clone(), c.clone()) for i, c in zip(ids, counts, strict=True)]
+
+    def padded(self) -> Tensor:
+        """(P, K) long with -1 in the padding; K is the largest count."""
+        width = torch.arange(int(self.counts.max()), device=self.ids.device)
+        inside = width < self.counts[:, None]
+        empty = torch.full(inside.shape, -1, device=self.ids.device)
+        return empty.masked_scatter(inside, self.ids.long())
+
+    def to(self, device: torch.device) -> AllowedTokens:
+        return AllowedTokens(self.ids.to(device), self.counts.to(device))
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """A rollout with all that training needs to know of it."""
 
@@ -52,8 +84,9 @@ class Trajectory:
     formatted: bool
     correct: bool | None  # a probe only; None where the task has no reference
     policy_version: int
-    log_p_old: Tensor  # (L,) float32 nats
-    log_p_base: Tensor  # (L,) float32 nats
+    log_p_old: Tensor  # (L,) float32 nats, over the allowed tokens where there is a guard
+    log_p_base: Tensor  # (L,) float32 nats, over the same tokens
+    allowed: AllowedTokens | None = None  # L places; None is the full vocabulary
 
     @property
     def length(self) -> int:
@@ -67,19 +100,23 @@ class TokenBatch:
     input_ids: Tensor  # (N, S) long: prompt, response, padding
     prompt_lengths: Tensor  # (N,) long
     response_lengths: Tensor  # (N,) long
+    allowed: tuple[AllowedTokens, ...] | None = None  # a row's response each; None is everything
 
     @classmethod
     def collate(
-        cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int
+        cls,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        pad_id: int,
+        allowed: Sequence[AllowedTokens] | None = None,
     ) -> TokenBatch:
-        """From (prompt ids, response ids) pairs."""
+        """From (prompt ids, response ids) pairs, and what a guard allows in the responses."""
         prompts = torch.tensor([len(p) for p, _ in rows])
         responses = torch.tensor([len(r) for _, r in rows])
         input_ids = torch.full((len(rows), int((prompts + responses).max())), pad_id)
         for row, (prompt, response) in enumerate(rows):
             ids = torch.tensor([*prompt, *response])
             input_ids[row, : len(ids)] = ids
-        return cls(input_ids, prompts, responses)
+        return cls(input_ids, prompts, responses, None if allowed is None else tuple(allowed))
 
     @property
     def mask(self) -> Tensor:
@@ -96,7 +133,10 @@ class TokenBatch:
         """The chosen rows, cut to their longest."""
         width = int(self.lengths[index].max())
         return TokenBatch(
-            self.input_ids[index, :width], self.prompt_lengths[index], self.response_lengths[index]
+            self.input_ids[index, :width],
+            self.prompt_lengths[index],
+            self.response_lengths[index],
+            None if self.allowed is None else tuple(self.allowed[i] for i in index.tolist()),
         )
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -104,6 +144,7 @@ class TokenBatch:
             self.input_ids.to(device),
             self.prompt_lengths.to(device),
             self.response_lengths.to(device),
+            None if self.allowed is None else tuple(a.to(device) for a in self.allowed),
         )
 
 
@@ -121,7 +162,19 @@ class TrajectoryBatch:
 
     @classmethod
     def collate(cls, trajectories: Sequence[Trajectory], pad_id: int) -> TrajectoryBatch:
-        tokens = TokenBatch.collate([(t.prompt_ids, t.response_ids) for t in trajectories], pad_id)
+        """Padded to the longest.
+
+        Raises:
+            ValueError: some trajectories were sampled under a guard and some were not.
+        """
+        allowed = [t.allowed for t in trajectories if t.allowed is not None]
+        if allowed and len(allowed) < len(trajectories):
+            raise ValueError(
+                f"{len(allowed)} of {len(trajectories)} trajectories of an update have a guard: "
+                "guard.min_p cannot be switched on or off while stale trajectories are held"
+            )
+        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        tokens = TokenBatch.collate(rows, pad_id, allowed or None)
         pad = torch.nn.utils.rnn.pad_sequence
         return cls(
             tokens=tokens,

@@ -19,8 +19,8 @@ CONTRACT_FILES = (
     "checkpoints/last.ckpt", "export/config.json", "wandb",
 )  # fmt: skip
 CONTRACT_METRICS = {
-    "train": "loss residual_mean residual_abs log_z corr_residual_length is_weight_mean "
-    "is_weight_min is_weight_max is_clip_frac ess grad_norm entropy kl_base lr",
+    "train": "loss residual_mean residual_abs residual_std log_z log_z_group corr_residual_length "
+    "is_weight_mean is_weight_min is_weight_max is_clip_frac ess grad_norm entropy kl_base lr",
     "rollout": "length_mean length_std truncated_frac format_rate repetition unique_frac "
     "log_p_base_per_token accuracy",
     "val": "avg@4 pass@4 maj@4 length_mean format_rate repetition diversity_semantic "

@@ -14,6 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from powerflow_lit.enumerable import (
+    ClosedForm,
+    Frozen,
+    Language,
+    LearnedScalar,
+    Objective,
+    Recipe,
+    inputs_for,
+    total_variation,
+)
 from powerflow_lit.objectives import (
     BalanceObjective,
     ImportanceWeight,
@@ -28,19 +38,7 @@ from powerflow_lit.objectives import (
     tb_traj,
     tb_traj_mismatch,
 )
-from tests.language import (
-    ClosedForm,
-    Frozen,
-    Language,
-    LearnedScalar,
-    Objective,
-    Recipe,
-    inputs_for,
-    minimise_on_all_strings,
-    total_variation,
-    train_on_all_strings,
-    train_on_samples,
-)
+from tests.language import minimise_on_all_strings, train_on_all_strings, train_on_samples
 
 LANGUAGE = Language.build()
 BASE = LANGUAGE.bigram_base(seed=3)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from powerflow_lit.enumerable import Language, Recipe, total_variation
 from powerflow_lit.log_z import (
     EmaLogZ,
     FixedLogZ,
@@ -34,13 +35,7 @@ from powerflow_lit.objectives import (
     tb_traj,
     tb_traj_mismatch,
 )
-from tests.language import (
-    Language,
-    Recipe,
-    minimise_on_all_strings,
-    total_variation,
-    train_on_samples,
-)
+from tests.language import minimise_on_all_strings, train_on_samples
 from tests.reference import assert_near, padded, random_batch
 
 ALPHA, EPSILON = 2.0, 0.2

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from powerflow_lit.config.identity import register_resolvers
+
+register_resolvers()
+
 
 def conf_dir() -> str:
     """conf/ of the source tree, or the copy inside an installed wheel."""

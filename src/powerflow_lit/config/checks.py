@@ -53,6 +53,11 @@ def _check_ranges(config: TrainConfig) -> None:
     _require(
         0 < config.epsilon < 1, f"epsilon={config.epsilon}: must lie in (0, 1), e.g. epsilon=0.2"
     )
+    min_p = config.guard.min_p
+    _require(
+        0 <= min_p < 1,
+        f"guard.min_p={min_p}: must lie in [0, 1); 0 is no guard, guard=min_p takes 0.02",
+    )
     _one_of("model.kind", config.model.kind, ("base", "instruct"))
     _one_of("model.prompt_route", config.model.prompt_route, ("plain", "chat"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))

@@ -61,6 +61,11 @@ class RolloutConfig:
 
 
 @dataclass
+class GuardConfig:
+    min_p: float = MISSING
+
+
+@dataclass
 class BufferConfig:
     max_staleness: int = MISSING
     updates_per_refill: int = MISSING
@@ -133,6 +138,7 @@ class TrainConfig:
     alpha_schedule: dict[str, Any] = MISSING
     log_z: dict[str, Any] = MISSING
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: dict[str, Any] = MISSING
@@ -143,6 +149,7 @@ class TrainConfig:
     seed: int = MISSING
     tokens_per_microbatch: int = MISSING
     refills: int = MISSING
+    study: str = MISSING
     resume: str | None = MISSING
     run_dir: str = MISSING
 
@@ -216,6 +223,40 @@ class ReportConfig:
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
     aliases: dict[str, str] = MISSING
+
+
+@dataclass
+class WandbReportConfig:
+    title: str = MISSING
+    text: str = MISSING
+    strategies: list[str] = MISSING
+    panels: dict[str, list[str]] = MISSING
+
+
+@dataclass
+class DashboardRunsConfig:
+    task: str | None = MISSING
+    model: str | None = MISSING
+    group: str | None = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """`conf/dashboard.yaml`."""
+
+    entity: str | None = MISSING
+    project: str = MISSING
+    name: str = MISSING
+    runs: DashboardRunsConfig = field(default_factory=DashboardRunsConfig)
+    k: int = MISSING
+    x_axis: str = MISSING
+    max_lines: int = MISSING
+    alphas: list[float] = MISSING
+    smoothing: dict[str, float] = MISSING
+    sections: dict[str, dict[str, list[str]]] = MISSING
+    report: WandbReportConfig = field(default_factory=WandbReportConfig)
+    dry_run: bool = MISSING
+    output: str | None = MISSING
 
 
 @dataclass

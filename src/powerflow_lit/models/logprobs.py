@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from powerflow_lit.types import TokenBatch
+from powerflow_lit.models.guard import allowed_tokens, log_prob_over
+from powerflow_lit.types import AllowedTokens, TokenBatch
 
 Pool = Literal["mean", "last"]
 
@@ -19,8 +20,17 @@ Pool = Literal["mean", "last"]
 class Scores:
     """What one forward pass over prompts and responses yields."""
 
-    log_prob: Tensor  # (N, T) float32, nats, temperature 1, full vocabulary; 0 in the padding
+    log_prob: Tensor  # (N, T) float32, nats, temperature 1; 0 in the padding
     prompt_state: Tensor | None  # (N, h) pooled hidden states of the prompt, if asked for
+
+
+@dataclass(frozen=True)
+class GuardedResponse:
+    """A response of L tokens under the policy that sampled it, and what min-p allows there."""
+
+    log_prob_full: Tensor  # (L,) float32, nats, full vocabulary
+    log_prob: Tensor  # (L,) float32, nats, over the allowed tokens
+    allowed: AllowedTokens  # L places
 
 
 def microbatches(lengths: Tensor, tokens_per_microbatch: int) -> list[Tensor]:
@@ -48,6 +58,8 @@ def response_scores(
 ) -> Scores:
     """Log-probs of the response tokens, and pooled prompt states when `pool` is given.
 
+    They are over the full vocabulary, or over `batch.allowed` where a guard has set it.
+
     With more than one microbatch under gradient, each is recomputed in the backward pass, so that
     any loss over all N trajectories (group closed forms included) has the gradient of the whole
     batch at the memory of one microbatch.
@@ -73,19 +85,51 @@ def response_scores(
     return Scores(log_prob, None if pool is None else torch.cat(states)[back])
 
 
+@torch.no_grad()
+def guarded_responses(
+    model: nn.Module, batch: TokenBatch, *, min_p: float, tokens_per_microbatch: int
+) -> list[GuardedResponse]:
+    """What min-p allows at each response token under the model: N records, on the CPU."""
+    parts = microbatches(batch.lengths, tokens_per_microbatch)
+    found: dict[int, GuardedResponse] = {}
+    for part in parts:
+        rows = batch.rows(part)
+        logits, targets, _ = _response_logits(model, rows)
+        allowed = allowed_tokens(logits, targets, min_p)
+        full = -nn.functional.cross_entropy(logits, targets, reduction="none")
+        restricted = log_prob_over(logits, targets, allowed)
+        places = rows.response_lengths.tolist()
+        pieces = zip(
+            full.split(places), restricted.split(places), allowed.split(places), strict=True
+        )
+        found |= {
+            row: GuardedResponse(full_row.cpu(), restricted_row.cpu(), sets.to(torch.device("cpu")))
+            for row, (full_row, restricted_row, sets) in zip(part.tolist(), pieces, strict=True)
+        }
+    return [found[row] for row in range(len(found))]
+
+
 def _packed_scores(
     model: Any, batch: TokenBatch, pool: Pool | None
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of all response tokens in a row (M,), and prompt states (N, h)."""
+    logits, targets, hidden = _response_logits(model, batch)
+    if batch.allowed is None:
+        log_prob = -nn.functional.cross_entropy(logits, targets, reduction="none")
+    else:
+        log_prob = log_prob_over(logits, targets, AllowedTokens.cat(batch.allowed))
+    return log_prob, None if pool is None else pool_prompt(hidden, batch.prompt_lengths, pool)
+
+
+def _response_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of all response tokens in a row (M, V) float32, the tokens (M,), hidden (N, S, h)."""
     # Right padding under causal attention: no padded key precedes a real token, so no mask.
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     position = torch.arange(batch.input_ids.shape[1], device=hidden.device)  # (S,)
     start, end = batch.prompt_lengths[:, None], batch.lengths[:, None]
     predicts = (position >= start - 1) & (position < end - 1)  # (N, S): the next token is response
-    logits = _logits(model, hidden[predicts])  # (M, V)
     targets = batch.input_ids.roll(-1, 1)[predicts]  # (M,)
-    log_prob = -nn.functional.cross_entropy(logits, targets, reduction="none")
-    return log_prob, None if pool is None else pool_prompt(hidden, batch.prompt_lengths, pool)
+    return _logits(model, hidden[predicts]), targets, hidden
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ def trajectory_metrics(inputs: LossInputs, residual: Tensor, weights: Weights) -
     return {
         "residual_mean": residual.mean(),
         "residual_abs": residual.abs().mean(),
+        "residual_std": residual.std(unbiased=False),
         "log_z": inputs.log_z.mean(),
         "corr_residual_length": _correlation(residual, L),
         "entropy": -S.sum() / tokens,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from powerflow_lit.types import Prompt, Trajectory, TrajectoryBatch
+from powerflow_lit.types import AllowedTokens, Prompt, Trajectory, TrajectoryBatch
 
 
 class ReplayBuffer:
@@ -123,16 +123,20 @@ def pack(trajectory: Trajectory) -> dict[str, Any]:
     fields["prompt"] = [prompt.id, prompt.text, prompt.reference]
     fields["prompt_ids"] = list(trajectory.prompt_ids)
     fields["response_ids"] = list(trajectory.response_ids)
+    if (allowed := trajectory.allowed) is not None:
+        fields["allowed"] = [allowed.ids, allowed.counts]
     return fields
 
 
 def unpack(state: dict[str, Any]) -> Trajectory:
     """The trajectory that `pack` took apart."""
+    allowed = state.get("allowed")
     return Trajectory(
         **{
             **state,
             "prompt": Prompt(*state["prompt"]),
             "prompt_ids": tuple(state["prompt_ids"]),
             "response_ids": tuple(state["response_ids"]),
+            "allowed": None if allowed is None else AllowedTokens(*allowed),
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from powerflow_lit.metrics import at_k, text
@@ -56,41 +56,42 @@ class Task(ABC):
         """None where there is nothing to compare with. Never read by unsupervised objectives."""
         return None
 
+    def score(self, sample: Sampled) -> dict[str, float]:
+        """Figures of one prompt's samples, without the prefix `val/`."""
+        return self.text_metrics(sample)
+
     def evaluate(self, samples: Sequence[Sampled]) -> dict[str, float]:
-        """`val/` metrics of one evaluation, without the prefix."""
-        return self.text_metrics(samples)
+        """`val/` metrics of one evaluation, without the prefix: the means over its prompts."""
+        return mean_scores([self.score(sample) for sample in samples])
 
-    def text_metrics(self, samples: Sequence[Sampled]) -> dict[str, float]:
+    def text_metrics(self, sample: Sampled) -> dict[str, float]:
         """Figures that every task reports: format, length, truncation, repetition, diversity."""
-        formatted = [self.is_formatted(r.text) for s in samples for r in s.responses]
-        return {"format_rate": mean(formatted), **_text_metrics(samples)}
+        responses = sample.responses
+        texts = [r.text for r in responses]
+        return {
+            "format_rate": mean([self.is_formatted(t) for t in texts]),
+            "length_mean": mean([len(r.token_ids) for r in responses]),
+            "truncated_frac": mean([r.truncated for r in responses]),
+            "repetition": mean([text.repetition(r.token_ids) for r in responses]),
+            "distinct_n": text.distinct_n([r.token_ids for r in responses]),
+            "diversity_lexical": text.diversity_lexical(texts),
+            "diversity_semantic": text.diversity_semantic(texts, text.hashing_embedding),
+        }
 
 
-def _text_metrics(samples: Sequence[Sampled]) -> dict[str, float]:
-    responses = [r for s in samples for r in s.responses]
-    by_prompt = [[r.text for r in s.responses] for s in samples]
+def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each figure over prompts; all prompts have the same figures."""
+    return {name: mean([s[name] for s in scores]) for name in scores[0]} if scores else {}
+
+
+def correctness_metrics(answers: Sequence[str | None], correct: Sequence[bool]) -> dict[str, float]:
+    """avg@k, pass@1, pass@k and maj@k for the k samples of one problem."""
+    k = len(correct)
     return {
-        "length_mean": mean([len(r.token_ids) for r in responses]),
-        "truncated_frac": mean([r.truncated for r in responses]),
-        "repetition": mean([text.repetition(r.token_ids) for r in responses]),
-        "distinct_n": mean([text.distinct_n([r.token_ids for r in s.responses]) for s in samples]),
-        "diversity_lexical": mean([text.diversity_lexical(t) for t in by_prompt]),
-        "diversity_semantic": mean(
-            [text.diversity_semantic(t, text.hashing_embedding) for t in by_prompt]
-        ),
-    }
-
-
-def correctness_metrics(
-    answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]
-) -> dict[str, float]:
-    """avg@k, pass@1, pass@k and maj@k for k samples a problem."""
-    k = min(map(len, correct))
-    return {
-        f"avg@{k}": at_k.avg_at_k(correct),
-        "pass@1": at_k.pass_at_k(correct, 1),
-        f"pass@{k}": at_k.pass_at_k(correct, k),
-        f"maj@{k}": at_k.maj_at_k(answers, correct),
+        f"avg@{k}": at_k.avg_at_k([correct]),
+        "pass@1": at_k.pass_at_k([correct], 1),
+        f"pass@{k}": at_k.pass_at_k([correct], k),
+        f"maj@{k}": at_k.maj_at_k([answers], [correct]),
     }
 
 

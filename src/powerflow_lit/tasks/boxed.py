@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from powerflow_lit.tasks.base import Sampled, Task, correctness_metrics
 from powerflow_lit.types import Prompt
 
@@ -36,15 +34,14 @@ class BoxedAnswers(Task):
     def is_correct(self, prompt: Prompt, response: str) -> bool | None:
         return self._is_right(prompt, last_boxed(response))
 
-    def evaluate(self, samples: Sequence[Sampled]) -> dict[str, float]:
-        answers = [[last_boxed(r.text) for r in s.responses] for s in samples]
-        correct = [
-            [bool(self._is_right(s.prompt, a)) for a in row]
-            for s, row in zip(samples, answers, strict=True)
-        ]
+    def score(self, sample: Sampled) -> dict[str, float]:
+        answers = [last_boxed(r.text) for r in sample.responses]
+        correct = [bool(self._is_right(sample.prompt, a)) for a in answers]
+        unique = {r.token_ids for r, right in zip(sample.responses, correct, strict=True) if right}
         return {
             **correctness_metrics(answers, correct),
-            **self.text_metrics(samples),
+            f"unique_correct@{len(correct)}": len(unique),
+            **self.text_metrics(sample),
         }
 
     def _is_right(self, prompt: Prompt, answer: str | None) -> bool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from powerflow_lit.corpora import creative as corpus
-from powerflow_lit.tasks.base import Sampled, Task, mean
+from powerflow_lit.tasks.base import Sampled, Task
 from powerflow_lit.types import Prompt
 
 
@@ -32,19 +32,14 @@ class Creative(Task):
     def is_correct(self, prompt: Prompt, response: str) -> bool:
         return corpus.parse(self._requests[prompt.id], response) is not None
 
-    def evaluate(self, samples: Sequence[Sampled]) -> dict[str, float]:
-        valid, modes, unique = [], [], []
-        for sample in samples:
-            request = self._requests[sample.prompt.id]
-            parsed = [(r.text, corpus.parse(request, r.text)) for r in sample.responses]
-            good = [(text, p.mode) for text, p in parsed if p is not None]
-            valid.append(len(good) / len(parsed))
-            modes.append(len({mode for _, mode in good}))
-            unique.append(len({text for text, _ in good}))
-        k = min(len(s.responses) for s in samples)
+    def score(self, sample: Sampled) -> dict[str, float]:
+        request = self._requests[sample.prompt.id]
+        parsed = [(r.text, corpus.parse(request, r.text)) for r in sample.responses]
+        valid = [(text, p.mode) for text, p in parsed if p is not None]
+        k = len(parsed)
         return {
-            "quality": mean(valid),
-            f"modes@{k}": mean(modes),
-            f"unique_valid@{k}": mean(unique),
-            **self.text_metrics(samples),
+            "quality": len(valid) / k,
+            f"modes@{k}": len({mode for _, mode in valid}),
+            f"unique_valid@{k}": len({text for text, _ in valid}),
+            **self.text_metrics(sample),
         }
