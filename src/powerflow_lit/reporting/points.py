@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,11 @@ def draw_ladder(
     looks = styles(lines)
     values = sorted({r.config.get(key) for r in runs}, key=sortable)
     place, log = _axis_of(values, key)
-    figure, axes = grid(1, len(metrics), height=3.6)
-    for axis, metric in zip(axes, metrics, strict=True):
+    across = min(len(metrics), 3)
+    figure, axes = grid(math.ceil(len(metrics) / across), across, height=3.6)
+    for axis in axes[len(metrics) :]:
+        axis.set_visible(False)
+    for axis, metric in zip(axes, metrics, strict=False):
         for line in lines:
             at, means, spreads = [], [], []
             for point in group(line.runs, [key], aliases):

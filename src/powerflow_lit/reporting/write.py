@@ -88,7 +88,7 @@ def _ladder(study: Study) -> tuple[Figure | None, str]:
     key = known_key(study.config.x or "", study.runs, "x")
     wanted = [study.headline, *study.config.metrics]
     metrics = [m for m in dict.fromkeys(wanted) if m and any(r.last(m) is not None
-               for r in study.runs)][:3]  # fmt: skip
+               for r in study.runs)]  # fmt: skip
     if not metrics:
         study.remarks.append(f"x={study.config.x}: no run has a final figure to draw")
         return None, ""
