@@ -128,8 +128,6 @@ def final_table(summary: Mapping[str, Any]) -> Table:
         f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}"
         f" alpha={summary['alpha']:g}, {summary['refills']} refills"
     )
-    if summary.get("status") == "diverged":
-        title += ", diverged"
     return metrics_table(title, columns)
 
 
@@ -150,9 +148,13 @@ def metrics_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Tab
 
 
 def phase_line(summary: Mapping[str, Any]) -> str:
-    """Wall time in all and by phase, in seconds."""
+    """Wall time in all and by phase, in seconds; before it, that a monitor stopped the run."""
+    stopped = ""
+    if summary.get("status") == "diverged":
+        stopped = f"diverged after {summary['refills']} refills: see stopped_by in summary.json\n"
     phases = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["phases"].items())
-    return f"wall time {summary['wall_s']:.0f} s:  {phases}  ({summary['tokens']:,} tokens sampled)"
+    tokens = f"({summary['tokens']:,} tokens sampled)"
+    return f"{stopped}wall time {summary['wall_s']:.0f} s:  {phases}  {tokens}"
 
 
 def _cell(value: float | None, name: str) -> str:

@@ -32,7 +32,7 @@ def test_a_rule_stops_the_run_as_diverged_and_leaves_a_checkpoint_that_resumes(
         assert point is not None
         assert point.progress == (2, 1), "updates and refills of the checkpoint before the stop"
     assert ran.stdout.count("stopped at refill 2: monitor rule ends") == 2
-    assert ran.stdout.count("2 refills, diverged") == 2
+    assert ran.stdout.count("diverged after 2 refills") == 2
     train(tmp_path, f"resume={runs[0]}", "refills=3", "~monitor.rules.ends")
     assert summary_of(runs[0])["status"] == "finished"
     assert [int(r["step"]) for r in rows_of(runs[0])] == list(range(7))
