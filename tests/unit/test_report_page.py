@@ -284,3 +284,22 @@ def test_three_hundred_runs_are_reported_in_seconds(tmp_path: Path) -> None:
     assert code == 0
     assert len(results(tmp_path / "all")) == 300
     assert time.process_time() - start < 15
+
+
+def test_a_greedy_decoding_stands_under_avg_and_killed_evaluations_are_named(
+    tmp_path: Path,
+) -> None:
+    make_run(tmp_path / "a")
+    whole, killed = tmp_path / "ev" / "whole", tmp_path / "ev" / "killed"
+    for folder in (whole, killed):
+        folder.mkdir(parents=True)
+        write_problems(folder, {"T=1": {"a": 0.5}}, 0)
+    decodings = {"T=1": {"val/avg@4": 0.5, "val/pass@4": 1.0, "val/pass@1": 0.5},
+                 "greedy": {"val/pass@1": 0.75, "val/avg@1": 0.75}}  # fmt: skip
+    record = {"model": "/models/some-model", "samples_per_prompt": 4, "results": decodings}
+    (whole / "evaluation.json").write_text(json.dumps(record))
+    _, page = reported(tmp_path, evaluations=[str(tmp_path / "ev")])
+    assert "killed: no evaluation.json" in page
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| | samples | avg@4 | pass@4 |" in table
+    assert "| some-model, greedy | 1 | 0.750 | - |" in table

@@ -48,7 +48,12 @@ def read_evaluations(
     found: list[Evaluated] = []
     remarks: list[str] = []
     for text in paths:
-        folders = [f for f, files in walk(Path(text)) if "evaluation.json" in files]
+        folders = []
+        for folder, files in walk(Path(text)):
+            if "evaluation.json" in files:
+                folders.append(folder)
+            elif "problems.csv" in files and "metrics.csv" not in files:
+                remarks.append(f"{folder}: no evaluation.json (still running, or killed)")
         if not folders:
             remarks.append(f"{text}: no evaluation.json there")
         for folder in folders:
@@ -128,7 +133,7 @@ def counts_of(scores: Scores) -> tuple[np.ndarray, int] | None:
 
 
 def pass_lines(found: Sequence[Evaluated], groups: Sequence[Group]) -> list[PassLine]:
-    """A line for each evaluated model and decoding, for each group of runs, and for their base."""
+    """A line for each evaluated model and decoding; without any, for the base and each group."""
     lines = []
     for place, e in enumerate(found):
         colour = COLOURS.get(e.strategy or "", BASE)
@@ -139,7 +144,7 @@ def pass_lines(found: Sequence[Evaluated], groups: Sequence[Group]) -> list[Pass
             if counted is not None:
                 style = Style(colour, LINES[i % len(LINES)], MARKERS[place % len(MARKERS)])
                 lines.append(PassLine(f"{e.label}, {decoding}", style, [counted[0]], counted[1]))
-    return lines + _of_runs(groups)
+    return lines or _of_runs(groups)
 
 
 def _of_runs(groups: Sequence[Group]) -> list[PassLine]:

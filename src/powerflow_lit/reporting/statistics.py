@@ -54,10 +54,9 @@ def bootstrap(values: np.ndarray, *, draws: int, level: float, seed: int) -> np.
     finite = np.isfinite(values)
     if problems == 0:
         return np.full((values.shape[1], 2), np.nan)
-    chances = np.full(problems, 1 / problems)
-    counts = np.random.default_rng(seed).multinomial(problems, chances, size=draws)  # (B, P)
+    counts = _draws(problems, draws, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = (counts @ np.where(finite, values, 0.0)) / (counts @ finite)  # (B, M)
+        means = (counts @ np.where(finite, values, 0.0)) / (counts @ finite.astype(float))  # (B, M)
     tail = 50 * (1 - level)
     # a draw may hold none of a metric's few problems
     usable = np.isfinite(means)
@@ -65,6 +64,14 @@ def bootstrap(values: np.ndarray, *, draws: int, level: float, seed: int) -> np.
     for m in np.flatnonzero(finite.sum(0) > 1):
         interval[m] = np.percentile(means[usable[:, m], m], [tail, 100 - tail])
     return interval
+
+
+@lru_cache(maxsize=4)
+def _draws(problems: int, draws: int, seed: int) -> np.ndarray:
+    """How often each problem is in each draw, (B, P); float, for products at full speed."""
+    chances = np.full(problems, 1 / problems)
+    counts = np.random.default_rng(seed).multinomial(problems, chances, size=draws)
+    return counts.astype(float)
 
 
 @lru_cache

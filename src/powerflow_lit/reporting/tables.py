@@ -52,7 +52,7 @@ class Row:
 def matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     """Names in the order of the patterns; one that ends in @ takes any k, smaller k first.
 
-    pass@1 is left out where an avg@ says the same.
+    k = 1 is left out where there is a larger k: avg@ estimates the same from more samples.
     """
 
     def size(name: str) -> int:
@@ -63,9 +63,9 @@ def matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     for pattern in patterns:
         wild = pattern.endswith("@")
         hits = [n for n in names if (n.startswith(pattern) if wild else n == pattern)]
+        if wild and any(size(n) > 1 for n in hits):
+            hits = [n for n in hits if size(n) > 1]
         found += [n for n in sorted(set(hits), key=size) if n not in found]
-    if "pass@1" not in patterns and any(n.startswith("avg@") for n in found):
-        found = [n for n in found if n != "pass@1"]
     return found
 
 
@@ -143,10 +143,11 @@ def cells(
                      for n, (a, b) in zip(together.names, limits, strict=True)}  # fmt: skip
     found = {}
     for name in names:
-        values = [f[f"val/{name}"] for f in figures if f"val/{name}" in f]
-        if not values and name.startswith("avg@"):  # greedy has one sample
-            values = [f["val/pass@1"] for f in figures if "val/pass@1" in f]
-        low, high = intervals.get(name, (math.nan, math.nan)) if values else (math.nan, math.nan)
+        source = name
+        if name.startswith("avg@") and not any(f"val/{name}" in f for f in figures):
+            source = "pass@1"  # greedy has one sample
+        values = [f[f"val/{source}"] for f in figures if f"val/{source}" in f]
+        low, high = intervals.get(source, (math.nan, math.nan)) if values else (math.nan, math.nan)
         found[name] = Cell(mean(values), deviation(values), low, high)
     return found
 

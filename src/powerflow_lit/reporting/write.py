@@ -13,8 +13,15 @@ from powerflow_lit.config.checks import ConfigError
 from powerflow_lit.reporting import evaluations as evaluated
 from powerflow_lit.reporting import page as html
 from powerflow_lit.reporting import provenance, tables
-from powerflow_lit.reporting.figures import STYLE, UNKNOWN, draw_convergence, draw_curves, save
-from powerflow_lit.reporting.grouping import COLOURS, group, known_key
+from powerflow_lit.reporting.figures import (
+    MOST_NAMES,
+    STYLE,
+    UNKNOWN,
+    draw_convergence,
+    draw_curves,
+    save,
+)
+from powerflow_lit.reporting.grouping import COLOURS, group, known_key, sortable
 from powerflow_lit.reporting.points import draw_frontier, draw_ladder, draw_pass_at_k
 from powerflow_lit.reporting.runs import tracked
 from powerflow_lit.reporting.study import Study
@@ -37,8 +44,9 @@ def write(study: Study, output: Path, command: str) -> str:
     if study.runs:
         text = tables.markdown(names, rows)
         tables.write_table_csv(output / "table.csv", names, rows)
+        listed = [r for g in study.groups for r in sorted(g.runs, key=lambda r: sortable(r.seed))]
         tables.write_results(
-            output / "results.csv", study.runs, study.keys, study.headline, study.aliases
+            output / "results.csv", listed, study.keys, study.headline, study.aliases
         )
     more = evaluated.table_of(study.evaluations, study.config.table, study.config.bootstrap)
     if study.evaluations:
@@ -125,7 +133,9 @@ def _pass_at_k(study: Study) -> tuple[Figure | None, str]:
     if not lines:
         return None, ""
     caption = "Unbiased pass@k; bands: interval over problems."
-    return draw_pass_at_k(lines, study.config.bootstrap), caption
+    if len(lines) > MOST_NAMES:
+        caption += f" {len(lines) - MOST_NAMES} more lines not drawn (choose with where=)."
+    return draw_pass_at_k(lines[:MOST_NAMES], study.config.bootstrap), caption
 
 
 def _convergence(study: Study) -> tuple[Figure | None, str]:
