@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from powerflow_lit import report
@@ -27,8 +28,9 @@ PASS = "val/pass@1"
 
 def reported(folder: Path, **changed: Any) -> tuple[int, str]:
     """Exit code and page of a report on all runs of the folder."""
-    defaults = OmegaConf.load(Path(conf_dir()) / "report.yaml")
-    del defaults["hydra"]  # type: ignore[union-attr]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        defaults = compose("report")
+    OmegaConf.set_struct(defaults, False)
     asked = {"runs": [str(folder)], "output": str(folder / "out"), "dpi": 40} | changed
     config = typed(OmegaConf.merge(defaults, OmegaConf.create(asked)), ReportConfig)  # type: ignore[arg-type]
     code = report.run(config, "python -m powerflow_lit.report")
