@@ -54,7 +54,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     results: dict[str, dict[str, float]] = {}
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "problems.csv").unlink(missing_ok=True)
+    for name in ("evaluation.json", "problems.csv"):
+        (output / name).unlink(missing_ok=True)
     try:
         engine.sync(policy_weights(model), 0)
         with Progress(transient=True) as progress:

@@ -1,7 +1,7 @@
 """Rebuild the embedded models from their generated corpora, in minutes on a CPU.
 
 python -m powerflow_lit.pretrain                               # embedded=tiny, in place
-python -m powerflow_lit.pretrain embedded=tiny_instruct output=/tmp/tiny_instruct
+python -m powerflow_lit.pretrain embedded=tiny_instruct output=outputs/tiny_instruct
 """
 
 from __future__ import annotations

@@ -99,7 +99,15 @@ def cut_samples(folder: Path, refills: int) -> None:
         lines = path.read_text().splitlines(keepends=True)
         # a line without its end was being written when the run was killed
         whole = [line for line in lines if line.endswith("\n")]
-        path.write_text("".join(x for x in whole if json.loads(x)["refill"] <= refills))
+        kept = [line for line in whole if json.loads(line)["refill"] <= refills]
+        _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Written aside and renamed, so that a kill leaves the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def append_problems(
@@ -170,16 +178,13 @@ def sample_rows(
 def write_configs(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """config.yaml (resolved) and overrides.yaml (what was typed)."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    _replace(folder / "overrides.yaml", yaml.safe_dump(list(overrides)))
+    _replace(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, written aside and renamed."""
-    path = folder / "summary.json"
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(aside, path)
+    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -214,6 +214,8 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
         if not isinstance(error, USER_ERRORS):
             traceback.print_exc()
         print(f"error: {root_cause(error)}", file=sys.stderr)
+        if job_state(folder) in ENDED:  # it went wrong after the run itself
+            raise
         folder.mkdir(parents=True, exist_ok=True)
         summary = run_folder.read_summary(folder) or {}
         failure = {**summary, "status": "failed", "error": str(root_cause(error))}

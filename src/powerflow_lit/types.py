@@ -20,7 +20,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine decodes. Training uses temperature 1 over the full vocabulary."""
+    """How an engine decodes. Training: temperature 1, and the full vocabulary without a guard."""
 
     samples_per_prompt: int
     max_new_tokens: int

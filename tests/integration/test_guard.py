@@ -15,7 +15,7 @@ from powerflow_lit.rollout.buffer import unpack
 from tests.integration.test_commands import rows_of, summary_of, train
 
 GUARDED = ("debug=fast", "guard=min_p", "task=creative", "logger=none", "run_dir=run")
-MIN_P = 0.02
+MIN_P = 0.05
 
 
 def buffer_of(run: Path) -> dict[int, list[dict[str, Any]]]:

@@ -57,7 +57,7 @@ def _check_ranges(config: TrainConfig) -> None:
     min_p = config.guard.min_p
     _require(
         0 <= min_p < 1,
-        f"guard.min_p={min_p}: must lie in [0, 1); 0 is no guard, guard=min_p takes 0.02",
+        f"guard.min_p={min_p}: must lie in [0, 1); 0 is no guard, guard=min_p takes 0.05",
     )
     _one_of("model.kind", config.model.kind, ("base", "instruct"))
     _one_of("model.prompt_route", config.model.prompt_route, ("plain", "chat"))

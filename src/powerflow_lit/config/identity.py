@@ -12,7 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 # what may differ between a run and its continuation
 NOT_IDENTITY = ("run_dir", "resume", "study", "logger", "callbacks")
 # a sweep's job is also known by how it is evaluated
-NOT_JOB_IDENTITY = ("run_dir", "resume", "study", "logger", "hydra")
+NOT_JOB_IDENTITY = ("run_dir", "resume", "study", "logger", "hydra", "tokens_per_microbatch")
+
+
+# neither does any of these change a result beyond rounding
+NOT_JOB_IDENTITY_BELOW = {
+    "model": ("threads",),
+    "rollout": ("logp_gap_limit", "logp_gap_trajectories"),
+    "callbacks": ("console", "export", "checkpoint", "samples"),
+}
 
 
 def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_IDENTITY) -> str:
@@ -23,15 +31,28 @@ def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_IDENTI
 
 def job_hash(*, _root_: DictConfig) -> str:
     """The resolver behind `${job_hash:}`, which keys the folders of a sweep."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for key in _root_:
         if key not in NOT_JOB_IDENTITY:
             value = None if OmegaConf.is_missing(_root_, key) else _root_[key]
             is_node = OmegaConf.is_config(value)
             plain[str(key)] = OmegaConf.to_container(value, resolve=True) if is_node else value
-    return config_hash(plain, without=())[:8]
+    for group, names in NOT_JOB_IDENTITY_BELOW.items():
+        plain[group] = {k: v for k, v in plain[group].items() if k not in names}
+    return config_hash(_floats(plain), without=())[:8]
+
+
+def _floats(value: Any) -> Any:
+    """The same with every whole number as a float: alpha=4 and alpha=4.0 are one job."""
+    if isinstance(value, dict):
+        return {k: _floats(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_floats(v) for v in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def register_resolvers() -> None:
-    """Make `${job_hash:}` known to OmegaConf; safe to call again."""
+    """Make `${job_hash:}` and `${short:}` known to OmegaConf; safe to call again."""
     OmegaConf.register_new_resolver("job_hash", job_hash, replace=True)
+    # 4 and 4.0 are spelt alike in a folder's name
+    OmegaConf.register_new_resolver("short", lambda number: f"{number:g}", replace=True)

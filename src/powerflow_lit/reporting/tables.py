@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table; `style` is the label of the group whose colour it has, if any."""
+    """A line of a table."""
 
     label: str
     count: str
