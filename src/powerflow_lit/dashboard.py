@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.schema import DashboardConfig
-from powerflow_lit.report import COLOURS
+from powerflow_lit.reporting.grouping import COLOURS
 from powerflow_lit.wandb_login import has_wandb_login
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from powerflow_lit import dashboard
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.schema import DashboardConfig
 from powerflow_lit.dashboard import save, specification
-from powerflow_lit.report import COLOURS
+from powerflow_lit.reporting.grouping import COLOURS
 from tests.unit.test_config import choices, composed
 
 PROJECT_NUMBER = 7
