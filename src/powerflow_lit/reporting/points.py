@@ -233,7 +233,9 @@ def draw_pass_at_k(lines: Sequence[PassLine], settings: BootstrapConfig) -> Figu
     for line in lines:
         k = np.arange(1, line.n + 1)
         curves = [pass_at_k(c, line.n) for c in line.counts]
-        axis.plot(k, np.mean([c.mean(0) for c in curves], axis=0), **line.style.drawn())
+        marked = line.style.drawn(marker=line.style.marker, markersize=5)
+        powers = [2**i - 1 for i in range(line.n.bit_length())]
+        axis.plot(k, np.mean([c.mean(0) for c in curves], axis=0), markevery=powers, **marked)
         if len({len(c) for c in curves}) == 1:
             interval = bootstrap(
                 np.mean(curves, axis=0), draws=settings.draws, level=settings.level,
@@ -242,7 +244,7 @@ def draw_pass_at_k(lines: Sequence[PassLine], settings: BootstrapConfig) -> Figu
             axis.fill_between(k, interval[:, 0], interval[:, 1], color=line.style.colour,
                               alpha=0.15, linewidth=0)  # fmt: skip
         more = f", {len(curves)} seeds" if len(curves) > 1 else ""
-        entries.append((Line2D([], [], **line.style.drawn()), line.label + more))
+        entries.append((Line2D([], [], **marked), line.label + more))
     axis.set_xscale("log", base=2)
     top = max(line.n for line in lines)
     ticks = [2**i for i in range(top.bit_length()) if 2**i <= top]

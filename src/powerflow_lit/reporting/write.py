@@ -51,7 +51,8 @@ def write(study: Study, output: Path, command: str) -> str:
     more = evaluated.table_of(study.evaluations, study.config.table, study.config.bootstrap)
     if study.evaluations:
         text += ("\n" if text else "") + tables.markdown(*more, what="samples")
-    (output / "table.md").write_text(text)
+    if text:  # a mistyped folder must not empty the tables of an earlier report
+        (output / "table.md").write_text(text)
     page = page_of(study, drawn, (names, rows), more, command)
     (output / "index.html").write_text(page.html(), encoding="utf-8")
     return text
