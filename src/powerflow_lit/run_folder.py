@@ -100,10 +100,10 @@ def cut_samples(folder: Path, refills: int) -> None:
         # a line without its end was being written when the run was killed
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["refill"] <= refills]
-        _replace(path, "".join(kept))
+        write_whole(path, "".join(kept))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Written aside and renamed, so that a kill leaves the old file or the new one."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
@@ -178,13 +178,13 @@ def sample_rows(
 def write_configs(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """config.yaml (resolved) and overrides.yaml (what was typed)."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "overrides.yaml", yaml.safe_dump(list(overrides)))
-    _replace(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    write_whole(folder / "overrides.yaml", yaml.safe_dump(list(overrides)))
+    write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, written aside and renamed."""
-    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+
+from powerflow_lit.run_folder import write_whole
 
 State = Literal["new", "unfinished", "failed", "finished", "diverged"]
 ENDED: tuple[State, ...] = ("finished", "diverged")  # the same configuration would end so again
@@ -64,9 +67,7 @@ class SweepCallback(Callback):
         if not self.jobs:
             return
         states = {job: job_state(job.folder) for job in self.jobs}
-        counts = {
-            state: list(states.values()).count(state) for state in dict.fromkeys(states.values())
-        }
+        counts = Counter(states.values())
         print(f"sweep {config.study}: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
         bad = [job for job, state in states.items() if state not in ENDED]
         for job in bad:
@@ -131,9 +132,7 @@ def _write_manifest(folder: Path, study: str, jobs: Sequence[Job]) -> None:
     command = ["python -m powerflow_lit.train", *sys.argv[1:]]
     commands = [c for c in before.get("commands", []) if c != command] + [command]
     record = {"study": study, "commands": commands, "jobs": list(listed.values())}
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -75,6 +75,15 @@ def test_a_failing_job_is_listed_at_the_end_and_stops_no_other(tmp_path: Path) -
     assert "0 to run, 1 to take up again, 1 ended before and skipped" in again.stdout
 
 
+def test_a_mistyped_value_is_one_line_and_stops_no_other_job(tmp_path: Path) -> None:
+    result = sweep(tmp_path, "alpha=abc,2", "refills=1")
+    assert result.returncode == 1
+    assert "1 failed, 1 finished" in result.stdout
+    assert "alpha" in result.stdout
+    assert "abc" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("launcher", ["processes", "submitit_local"])
 def test_other_launchers_run_every_job(tmp_path: Path, launcher: str) -> None:
     result = sweep(tmp_path, f"hydra/launcher={launcher}", "epsilon=0.1,0.3")

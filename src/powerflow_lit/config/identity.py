@@ -13,8 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 NOT_IDENTITY = ("run_dir", "resume", "study", "logger", "callbacks")
 # a sweep's job is also known by how it is evaluated
 NOT_JOB_IDENTITY = ("run_dir", "resume", "study", "logger", "hydra", "tokens_per_microbatch")
-
-
 # neither does any of these change a result beyond rounding
 NOT_JOB_IDENTITY_BELOW = {
     "model": ("threads",),
@@ -51,8 +49,12 @@ def _floats(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def short(value: Any) -> str:
+    """4 and 4.0 are spelt alike in a folder's name; what is no number is refused by the checks."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def register_resolvers() -> None:
     """Make `${job_hash:}` and `${short:}` known to OmegaConf; safe to call again."""
     OmegaConf.register_new_resolver("job_hash", job_hash, replace=True)
-    # 4 and 4.0 are spelt alike in a folder's name
-    OmegaConf.register_new_resolver("short", lambda number: f"{number:g}", replace=True)
+    OmegaConf.register_new_resolver("short", short, replace=True)

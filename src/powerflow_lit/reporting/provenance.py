@@ -83,7 +83,7 @@ def train_commands(
     found = []
     inside: list[Path] = []
     for folder, sweep in sweeps:
-        typed = [sweep.get("command"), *(_listed(sweep.get("commands")))]
+        typed = _listed(sweep.get("commands"))
         commands = [_joined(c) for c in typed if isinstance(c, list) and c]
         if commands:
             found += commands
