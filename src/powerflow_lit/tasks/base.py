@@ -37,10 +37,15 @@ class Task(ABC):
     Attributes:
         name: as in `task=`.
         headline: the `val/` metric to watch while training.
+        embed: what `diversity_semantic` is measured with; figures of two embedders do not compare.
+        notes: what a person must know of the data (rows left out, references that cannot be
+            parsed), printed before the figures and kept beside them.
     """
 
     name: str
     headline: str
+    embed: text.Embedder = staticmethod(text.hashing_embedding)
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def train_prompts(self) -> Sequence[Prompt]: ...
@@ -54,6 +59,10 @@ class Task(ABC):
 
     def is_correct(self, prompt: Prompt, response: str) -> bool | None:
         """None where there is nothing to compare with. Never read by unsupervised objectives."""
+        return None
+
+    def answer(self, response: str) -> str | None:
+        """What counts as the response's answer; None where there is none or the task has none."""
         return None
 
     def score(self, sample: Sampled) -> dict[str, float]:
@@ -75,7 +84,7 @@ class Task(ABC):
             "repetition": mean([text.repetition(r.token_ids) for r in responses]),
             "distinct_n": text.distinct_n([r.token_ids for r in responses]),
             "diversity_lexical": text.diversity_lexical(texts),
-            "diversity_semantic": text.diversity_semantic(texts, text.hashing_embedding),
+            "diversity_semantic": text.diversity_semantic(texts, self.embed),
         }
 
 

@@ -25,17 +25,20 @@ class BoxedAnswers(Task):
     """A task with reference answers, the response's being its last `\\boxed{}`."""
 
     def is_formatted(self, response: str) -> bool:
-        return last_boxed(response) is not None
+        return self.answer(response) is not None
 
     def same_answer(self, answer: str, reference: str) -> bool:
         """Whether an extracted answer is the reference's."""
         return answer == reference
 
+    def answer(self, response: str) -> str | None:
+        return last_boxed(response)
+
     def is_correct(self, prompt: Prompt, response: str) -> bool | None:
-        return self._is_right(prompt, last_boxed(response))
+        return self._is_right(prompt, self.answer(response))
 
     def score(self, sample: Sampled) -> dict[str, float]:
-        answers = [last_boxed(r.text) for r in sample.responses]
+        answers = [self.answer(r.text) for r in sample.responses]
         correct = [bool(self._is_right(sample.prompt, a)) for a in answers]
         unique = {r.token_ids for r, right in zip(sample.responses, correct, strict=True) if right}
         return {
