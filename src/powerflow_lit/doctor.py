@@ -33,6 +33,14 @@ LITTLE_MEMORY_GB = 4.0
 SOURCE = Path(__file__).parents[2]  # of a source tree
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
+# what an extra is for, by its name in pyproject.toml
+EXTRAS = {
+    "judge": "judge=creative, judge=strategies, embedder=openai",
+    "embed": "embedder=sentence_transformers",
+    "sweeps": "hydra/launcher=processes, hydra/launcher=slurm",
+    "optuna": "sweep=optuna",
+    "dashboard": "powerflow-dashboard",
+}
 COLOURS = {OK: "green", WARNING: "yellow", MISSING: "bold red"}
 
 
@@ -80,6 +88,7 @@ def examine(*, deep: bool = False) -> Iterator[Finding]:
     yield _engine(usable, torch_finding)
     yield _conf()
     yield _wandb()
+    yield from map(_extra, EXTRAS)
     yield from map(_embedded, NAMES)
 
 
@@ -153,9 +162,32 @@ def _requirement(requirement: str, why: str = "") -> Finding:
     version, mend = _version(name), f"{_pip()} {shlex.quote(requirement)}"
     if version is None:
         return Finding(name, MISSING, f"not installed{why}", mend)
-    if not _meets(version, requirement[len(name) :]):
-        return Finding(name, MISSING, f"{version}, needs {requirement[len(name) :]}{why}", mend)
+    wanted = re.sub(r"^\[.*?\]", "", requirement[len(name) :])  # without the extras it is asked for
+    if not _meets(version, wanted):
+        return Finding(name, MISSING, f"{version}, needs {wanted}{why}", mend)
     return Finding(name, OK, version)
+
+
+def _extra(name: str) -> Finding:
+    """An optional part: what is installed of it, or what it is for and how to get it."""
+    wanted = [
+        requirement.partition(";")[0].strip()
+        for requirement in _requires_or_none(PROJECT)
+        if re.search(rf"extra == ['\"]{name}['\"]", requirement)
+    ]
+    row, purpose = f"extra {name}", f"for {EXTRAS[name]}"
+    missing = [r for r in wanted if _requirement(r).state != OK]
+    if not missing:
+        return Finding(row, OK, f"{', '.join(map(_name, wanted)) or 'unknown'}, {purpose}")
+    command = f"{_pip()} {' '.join(map(shlex.quote, missing))}"
+    return Finding(row, OK, f"not installed, {purpose}: {command}")
+
+
+def _requires_or_none(distribution: str) -> list[str]:
+    try:
+        return _requires(distribution)
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _hardware() -> Finding:

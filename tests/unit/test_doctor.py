@@ -176,3 +176,14 @@ def test_the_plain_doctor_does_not_import_vllm():
         "sys.exit('vllm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_optional_part_says_what_it_is_for_and_how_to_get_it(machine):
+    machine({**VLLM, "openai": None})
+    found = finding("extra judge")
+    assert found.state == OK  # a run is possible without it
+    assert "not installed" in found.found
+    assert "judge=creative" in found.found
+    assert "pip install 'openai" in found.found
+    machine({**VLLM, "openai": "3.0.0"})
+    assert "not installed" not in finding("extra judge").found
