@@ -44,6 +44,22 @@ class Source:
     question_column: str | None
     answer_column: str | None
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], *, name: str) -> Source:
+        """From a mapping of its fields, as yaml has it; `name` is the mapping's own.
+
+        Raises:
+            TaskError: an unknown or missing field.
+        """
+        known = list(cls.__dataclass_fields__)
+        for field in fields:
+            if field not in known:
+                raise TaskError(f"{name}: unknown key '{field}', it takes {', '.join(known)}")
+        for field in known:
+            if field not in fields:
+                raise TaskError(f"{name}.{field} is missing")
+        return cls(**{field: fields[field] for field in known})
+
 
 @dataclass(frozen=True)
 class Item:
