@@ -212,11 +212,13 @@ class RolloutDataModule(L.LightningDataModule):
     def _prompts_of(self, refill: int) -> list[Prompt]:
         """The prompts of a refill: shuffled passes over the set, a function of (seed, refill)."""
         count, size = self.settings.prompts_per_refill, len(self._prompts)
-        chosen = []
+        chosen: list[Prompt] = []
+        orders: dict[int, list[int]] = {}
         for position in range(refill * count, (refill + 1) * count):
             lap, place = divmod(position, size)
-            order = random.Random(f"{self.seed}-lap-{lap}").sample(range(size), size)
-            chosen.append(self._prompts[order[place]])
+            if lap not in orders:  # one shuffle a lap: real sets have 10^5 prompts and more
+                orders[lap] = random.Random(f"{self.seed}-lap-{lap}").sample(range(size), size)
+            chosen.append(self._prompts[orders[lap][place]])
         return chosen
 
     # --- trajectories ---------------------------------------------------------------------------

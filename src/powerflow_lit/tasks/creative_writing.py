@@ -19,7 +19,7 @@ SHIPPED = Path(__file__).parent / "prompts"
 BY_GENRE = ("diversity_semantic", "diversity_lexical", "length_mean")
 # a line that asks for something, in which its genre is then looked for
 REQUEST = re.compile(
-    r"(please |can you |could you |would you )?(write|tell|make|give|compose|create|share|continue)\b",
+    r"(please |(can|could|would) you )?(write|tell|make|give|compose|create|share|continue)\b",
     re.IGNORECASE,
 )
 
