@@ -80,7 +80,7 @@ def _from_files(path: str, files: Sequence[Path], split: str) -> Dataset:
                     f"{_named(path, file)} is a git-lfs pointer, not the data: run git lfs pull"
                 )
     name = split.partition("[")[0]
-    with _bars(sum(file.stat().st_size for file in files) > QUIET_BYTES):
+    with progress_bars(sum(file.stat().st_size for file in files) > QUIET_BYTES):
         try:
             return load_dataset(reader, data_files={name: [str(f) for f in files]}, split=split)
         except Exception as error:  # pyarrow, pandas and datasets each raise their own
@@ -223,16 +223,16 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
+def progress_bars(shown: bool) -> Iterator[None]:
     """The loader's progress bars; small files are quicker than their bars."""
     before = datasets.is_progress_bar_enabled()
     if not shown:
-        datasets.disable_progress_bars()
+        datasets.disable_progressprogress_bars()
     try:
         yield
     finally:
         if before:
-            datasets.enable_progress_bars()
+            datasets.enable_progressprogress_bars()
 
 
 def columns_of(features: Mapping[str, Any], prefix: str = "") -> list[str]:

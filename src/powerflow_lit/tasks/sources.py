@@ -12,10 +12,9 @@ from datasets import Dataset
 
 from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.boxed import last_boxed
-from powerflow_lit.tasks.rows import columns_of, load_rows
+from powerflow_lit.tasks.rows import columns_of
+from powerflow_lit.tasks.rows import load_rows as load_rows
 from powerflow_lit.types import Prompt
-
-__all__ = ["Item", "Questions", "Source", "load_rows", "read_items", "read_questions"]
 
 # columns that are looked for where none is named, in this order and in any case
 QUESTION_COLUMNS = ("prompt", "problem", "question", "messages")
@@ -130,8 +129,8 @@ def read_items(source: Source) -> Items:
         )
     answer_column = _column(source.path, source.answer_column, names, "answer")
     counts: Counter[str] = Counter(rows=len(rows))
-    questions = _values(rows, question_column)
-    answers = _values(rows, answer_column) if answer_column else [None] * len(rows)
+    questions = column_values(rows, question_column)
+    answers = column_values(rows, answer_column) if answer_column else [None] * len(rows)
     worked = (answer_column or "").split(".")[-1].lower() in WORKED
     found: dict[str, Item] = {}
     for row, (value, given) in enumerate(zip(questions, answers, strict=True)):
@@ -196,12 +195,12 @@ def _column(path: str, wanted: str | None, names: Sequence[str], role: str) -> s
     return next((lowered[name] for name in known if name in lowered), None)
 
 
-def _values(rows: Dataset, column: str) -> list[Any]:
+def column_values(rows: Dataset, column: str) -> list[Any]:
     """A column as python values; only this one is read from the disk."""
     if column in rows.column_names:
         return rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     first, *parts = column.split(".")
-    values = _values(rows, first)
+    values = column_values(rows, first)
     for part in parts:
         values = [None if value is None else value.get(part) for value in values]
     return values
