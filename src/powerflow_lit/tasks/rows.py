@@ -227,12 +227,12 @@ def progress_bars(shown: bool) -> Iterator[None]:
     """The loader's progress bars; small files are quicker than their bars."""
     before = datasets.is_progress_bar_enabled()
     if not shown:
-        datasets.disable_progressprogress_bars()
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         if before:
-            datasets.enable_progressprogress_bars()
+            datasets.enable_progress_bars()
 
 
 def columns_of(features: Mapping[str, Any], prefix: str = "") -> list[str]:
