@@ -31,7 +31,7 @@ from powerflow_lit.errors import USER_ERRORS
 from powerflow_lit.models.loading import load_tokenizer
 from powerflow_lit.run_folder import write_whole
 from powerflow_lit.tasks import recipe
-from powerflow_lit.tasks.rows import columns_of, progress_bars
+from powerflow_lit.tasks.rows import columns_of, quietly
 from powerflow_lit.tasks.sources import Items, Source, column_values, read_items
 
 COUNTED_AT_ONCE = 1000  # solutions
@@ -70,7 +70,7 @@ def prepare(config: PrepareDataConfig) -> dict[str, Any]:
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(output.name + ".tmp")
-    with progress_bars(False):
+    with quietly(bars=False):
         Dataset.from_list(rows).to_parquet(aside)
     os.replace(aside, output)
     manifest = {

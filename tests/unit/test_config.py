@@ -17,7 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, train_config, typed
 from powerflow_lit.config.fallback import with_available_engine
-from powerflow_lit.config.schema import EvaluateConfig, PretrainConfig, ReportConfig, TrainConfig
+from powerflow_lit.config.schema import (
+    EvaluateConfig,
+    PrepareDataConfig,
+    PretrainConfig,
+    ReportConfig,
+    TrainConfig,
+)
 
 CONF = Path(conf_dir())
 NEEDS_A_PLUGIN = ("optuna",)  # composes only where the optional extra is installed
@@ -66,6 +72,7 @@ def test_every_yaml_composes(group: str, choice: str) -> None:
     [
         ("evaluate", EvaluateConfig, ()),
         ("pretrain", PretrainConfig, ()),
+        ("prepare_data", PrepareDataConfig, ()),
         ("report", ReportConfig, ("runs=[a]",)),
     ],
 )
@@ -81,6 +88,7 @@ def test_alpha_defaults_to_what_the_paper_gives_for_task_and_kind() -> None:
     assert checked("task=creative").alpha == 0.5
     assert checked("task=creative").model.name == "tiny_instruct"
     assert checked("task=creative", "model=hf", "model.path=x").model.name == "hf"
+    assert checked("task=creative_writing", "model=hf", "model.path=x").alpha == 0.5
     assert checked("alpha=0.5").alpha == 0.5
 
 

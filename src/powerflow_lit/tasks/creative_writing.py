@@ -79,7 +79,7 @@ class CreativeWriting(Task):
                     texts[genre].append(text)
             repeated = len(whole) - len(texts[genre])
             if repeated:
-                self.notes.append(f"{path or genre}: {repeated} repeated prompts are left out")
+                self.notes.append(f"{path or genre}: repeated prompts left out: {repeated}")
         train, held_out = stratified_split(texts, train_share, split_seed)
         if not train or not held_out:
             raise TaskError(

@@ -30,7 +30,7 @@ SPLIT_WORDS = {
 SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 LFS_POINTER = b"version https://git-lfs"
-QUIET_BYTES = 64 * 2**20  # smaller files are read within a second or two
+QUIET_BYTES = 64 * 2**20
 HUB_SECONDS = 20.0
 
 
@@ -80,11 +80,15 @@ def _from_files(path: str, files: Sequence[Path], split: str) -> Dataset:
                     f"{_named(path, file)} is a git-lfs pointer, not the data: run git lfs pull"
                 )
     name = split.partition("[")[0]
-    with progress_bars(sum(file.stat().st_size for file in files) > QUIET_BYTES):
+    # small files are read sooner than a bar is
+    with quietly(bars=sum(file.stat().st_size for file in files) > QUIET_BYTES):
         try:
             return load_dataset(reader, data_files={name: [str(f) for f in files]}, split=split)
         except Exception as error:  # pyarrow, pandas and datasets each raise their own
-            if isinstance(error, ValueError) and "instruction" in str(error).lower():
+            said = str(error)
+            if "corresponds to no data" in said:
+                raise TaskError(f"{path} holds no rows") from error
+            if "instruction" in said.lower():  # datasets' word for a split with its slice
                 raise TaskError(f"split={split}: {_first_line(error)}") from error
             bad = next((f for f in files if not _readable(reader, f)), files[0])
             raise TaskError(
@@ -223,15 +227,17 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def progress_bars(shown: bool) -> Iterator[None]:
-    """The loader's progress bars; small files are quicker than their bars."""
-    before = datasets.is_progress_bar_enabled()
-    if not shown:
+def quietly(*, bars: bool) -> Iterator[None]:
+    """`datasets` without its log lines (its errors are raised as well), and bars where wanted."""
+    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not bars:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if before:
+        datasets.logging.set_verbosity(level)
+        if shown:
             datasets.enable_progress_bars()
 
 

@@ -157,12 +157,12 @@ def read_items(source: Source) -> Items:
 
 
 NOTES = {
-    "duplicates": "{} rows repeat a question and are left out",
-    "contradictions": "{} of those have another answer than the first, which counts",
-    "without question": "{} rows have no question and are left out",
-    "without reference": "{} questions have no reference answer",
-    "more turns": "{} rows have further turns (system or earlier ones), which are left out",
-    "several answers": "{} references are lists of several answers, joined by a comma",
+    "duplicates": "repeated questions left out: {}",
+    "contradictions": "of them with another answer than the first, which counts: {}",
+    "without question": "rows without a question left out: {}",
+    "without reference": "questions without a reference answer: {}",
+    "more turns": "rows with further turns (system or earlier), which are left out: {}",
+    "several answers": "references of several answers, joined by a comma: {}",
 }
 
 
