@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from rich import get_console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -44,8 +45,8 @@ def encode_prompts(
     special = route == "plain"
     # a fast tokenizer takes many texts at once, on all cores
     starts = range(0, len(prompts), ENCODED_AT_ONCE)
-    few = len(prompts) < MANY_PROMPTS
-    for start in track(starts, "encoding prompts", transient=True, disable=few):
+    unseen = len(prompts) < MANY_PROMPTS or not get_console().is_terminal
+    for start in track(starts, "encoding prompts", transient=True, disable=unseen):
         some = prompts[start : start + ENCODED_AT_ONCE]
         texts = [render(tokenizer, prompt.text, route) for prompt in some]
         rows = tokenizer(texts, add_special_tokens=special)["input_ids"]
