@@ -72,6 +72,11 @@ def test_a_bare_line_is_set_into_its_genres_template_and_a_request_is_not(tmp_pa
     assert "Tell me a joke about Tell me a programming joke." in every
 
 
+def test_a_genre_can_be_left_out() -> None:
+    found = task(skip=["joke", "story"])
+    assert {found.genre(p) for p in (*found.train_prompts(), *found.eval_prompts())} == {"poem"}
+
+
 def test_the_split_is_the_seeds_disjoint_and_not_the_files_order(tmp_path: Path) -> None:
     poems, jokes = [f"line {i}" for i in range(31)], [f"theme {i}" for i in range(10)]
     one = task(prompts=lists(tmp_path, poem=poems, joke=jokes))
@@ -138,7 +143,9 @@ def test_nothing_is_right_or_wrong_and_figures_come_whole_and_by_genre() -> None
     [
         ({"prompts": {"poem": "/nowhere/poems.txt"}}, "prompts.poem=/nowhere/poems.txt: cannot be"),
         ({"prompts": {"ode": None}}, "prompts.ode is null, but prompts are shipped for joke, poem"),
-        ({"prompts": {}}, "task.build.prompts is empty"),
+        ({"prompts": {}}, "task.build.prompts has no genre left"),
+        ({"skip": ["poem", "story", "joke"]}, "task.build.prompts has no genre left"),
+        ({"skip": ["ode"]}, "task.build.skip: no genre 'ode', only poem, story, joke"),
         ({"templates": {"poem": "A poem, please."}}, "templates.poem is missing or has no {line}"),
         ({"train_share": 1.0}, "train_share=1.0: must lie in (0, 1)"),
         ({"wrap": "yes"}, "wrap=yes: choose one of auto, always, never"),

@@ -34,6 +34,7 @@ class CreativeWriting(Task):
     Args:
         prompts: a file for each genre: text, or a data set with a question column. None is the
             shipped list.
+        skip: genres to leave out.
         templates: for each genre, with `{line}` and, where a length may be asked for, `{length}`.
         length: what `{length}` becomes, e.g. " of about {words} words".
         words: in `length`; None asks for no length.
@@ -51,6 +52,7 @@ class CreativeWriting(Task):
         self,
         *,
         prompts: Mapping[str, str | None],
+        skip: Sequence[str],
         templates: Mapping[str, str],
         length: str,
         words: int | None,
@@ -59,6 +61,10 @@ class CreativeWriting(Task):
         split_seed: int,
     ) -> None:
         self.headline = "diversity_semantic"
+        for genre in skip:
+            if genre not in prompts:
+                raise TaskError(f"task.build.skip: no genre '{genre}', only {', '.join(prompts)}")
+        prompts = {genre: path for genre, path in prompts.items() if genre not in skip}
         _check(prompts, templates, wrap, train_share)
         asked = "" if words is None else length.replace("{words}", str(words))
         seen: set[str] = set()
@@ -163,7 +169,7 @@ def _check(
 ) -> None:
     shipped = sorted(file.stem for file in SHIPPED.glob("*.txt"))
     if not prompts:
-        raise TaskError("task.build.prompts is empty: name a file for at least one genre")
+        raise TaskError("task.build.prompts has no genre left: give a file for one at least")
     for genre, path in prompts.items():
         if path is None and genre not in shipped:
             raise TaskError(
