@@ -89,9 +89,9 @@ class RolloutDataModule(L.LightningDataModule):
         self._engine_factory = engine_factory
         self._engine: RolloutEngine | None = None
         self._prompts, self._prompt_ids = self._usable_prompts(
-            task.train_prompts(), settings.prompts_per_refill
+            "training", task.train_prompts(), settings.prompts_per_refill
         )
-        self.eval_prompts, _ = self._usable_prompts(task.eval_prompts(), 1)
+        self.eval_prompts, _ = self._usable_prompts("evaluation", task.eval_prompts(), 1)
 
     @property
     def engine(self) -> RolloutEngine:
@@ -192,7 +192,7 @@ class RolloutDataModule(L.LightningDataModule):
         return [encoded[p.id] for p in prompts]
 
     def _usable_prompts(
-        self, prompts: Sequence[Prompt], needed: int
+        self, role: str, prompts: Sequence[Prompt], needed: int
     ) -> tuple[list[Prompt], dict[int, tuple[int, ...]]]:
         """Prompts within the token limit, and all prompts' token ids."""
         ids = dict(zip([p.id for p in prompts], self.encode(prompts), strict=True))
@@ -200,23 +200,25 @@ class RolloutDataModule(L.LightningDataModule):
         usable = [p for p in prompts if len(ids[p.id]) <= limit]
         if len(usable) < needed:
             raise TaskError(
-                f"task {self.task.name} has {len(usable)} of {len(prompts)} prompts within "
+                f"task {self.task.name} has {len(usable)} of {len(prompts)} {role} prompts within "
                 f"{limit} tokens, but {needed} are needed at once: lower "
                 "rollout.prompts_per_refill or raise rollout.max_prompt_tokens"
             )
         if len(usable) < len(prompts):
             dropped = len(prompts) - len(usable)
-            print(f"{dropped} of {len(prompts)} prompts are over {limit} tokens: dropped")
+            print(f"{dropped} of {len(prompts)} {role} prompts are over {limit} tokens: dropped")
         return usable, ids
 
     def _prompts_of(self, refill: int) -> list[Prompt]:
         """The prompts of a refill: shuffled passes over the set, a function of (seed, refill)."""
         count, size = self.settings.prompts_per_refill, len(self._prompts)
-        chosen = []
+        chosen: list[Prompt] = []
+        orders: dict[int, list[int]] = {}
         for position in range(refill * count, (refill + 1) * count):
             lap, place = divmod(position, size)
-            order = random.Random(f"{self.seed}-lap-{lap}").sample(range(size), size)
-            chosen.append(self._prompts[order[place]])
+            if lap not in orders:  # one shuffle a lap: real sets have 10^5 prompts and more
+                orders[lap] = random.Random(f"{self.seed}-lap-{lap}").sample(range(size), size)
+            chosen.append(self._prompts[orders[lap][place]])
         return chosen
 
     # --- trajectories ---------------------------------------------------------------------------

@@ -61,6 +61,8 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     L.seed_everything(config.seed, verbose=False)
     # what can be wrong with strategy and task shows before a model loads
     objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
+    task.train_prompts(), task.eval_prompts()
+    print(*task.notes, sep="\n", end="\n" if task.notes else "")
     policy, tokenizer = build_model(config.model)
     module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)

@@ -73,6 +73,8 @@ def test_conf_and_the_embedded_weights_are_in_the_wheel(wheel: Path):
     for model in ("tiny", "tiny_instruct"):
         for file in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
             assert f"powerflow_lit/models/embedded/{model}/{file}" in names
+    for genre in ("poem", "story", "joke"):
+        assert f"powerflow_lit/tasks/prompts/{genre}.txt" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not any("tests/" in name or name.endswith(".pyc") for name in names)
 

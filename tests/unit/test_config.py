@@ -17,7 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, train_config, typed
 from powerflow_lit.config.fallback import with_available_engine
-from powerflow_lit.config.schema import EvaluateConfig, PretrainConfig, ReportConfig, TrainConfig
+from powerflow_lit.config.schema import (
+    EvaluateConfig,
+    PrepareDataConfig,
+    PretrainConfig,
+    ReportConfig,
+    TrainConfig,
+)
 
 CONF = Path(conf_dir())
 NEEDS_A_PLUGIN = ("optuna",)  # composes only where the optional extra is installed
@@ -40,8 +46,7 @@ def choices(group: str) -> list[str]:
 def test_every_task_composes_with_every_strategy_and_builds_its_objective(
     task: str, strategy: str
 ) -> None:
-    files = [f"task.build.{x}_file=a.csv" for x in ("train", "eval") if task == "reasoning"]
-    config = checked(f"task={task}", f"strategy={strategy}", "alpha=2", *files)
+    config = checked(f"task={task}", f"strategy={strategy}", "alpha=2")
     assert config.strategy.name == strategy
     assert callable(instantiate(config.strategy.objective))
 
@@ -67,6 +72,7 @@ def test_every_yaml_composes(group: str, choice: str) -> None:
     [
         ("evaluate", EvaluateConfig, ()),
         ("pretrain", PretrainConfig, ()),
+        ("prepare_data", PrepareDataConfig, ()),
         ("report", ReportConfig, ("runs=[a]",)),
     ],
 )
@@ -82,6 +88,7 @@ def test_alpha_defaults_to_what_the_paper_gives_for_task_and_kind() -> None:
     assert checked("task=creative").alpha == 0.5
     assert checked("task=creative").model.name == "tiny_instruct"
     assert checked("task=creative", "model=hf", "model.path=x").model.name == "hf"
+    assert checked("task=creative_writing", "model=hf", "model.path=x").alpha == 0.5
     assert checked("alpha=0.5").alpha == 0.5
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from powerflow_lit.tasks.arithmetic import Arithmetic
-from powerflow_lit.tasks.base import Response, Sampled, TaskError
+from powerflow_lit.tasks.base import Response, Sampled, TaskError, mean_scores
 from powerflow_lit.tasks.creative import Creative
-from powerflow_lit.tasks.reasoning import INSTRUCTION, Reasoning
+from powerflow_lit.tasks.reasoning import Reasoning
 from powerflow_lit.types import Prompt
 
 
@@ -47,38 +48,45 @@ def test_creative_counts_valid_pieces_modes_and_unique_pieces() -> None:
     assert task.is_formatted("anything"), "no format, so psi is never earned"
 
 
-def test_questions_are_read_from_verls_parquet_and_the_instruction_stands_once(
+def reasoning(folder: Path, **other: Any) -> Reasoning:
+    rows = [{"problem": f"{i}+1?", "answer": str(i + 1)} for i in range(4)]
+    Dataset.from_list([*rows, rows[0]]).to_parquet(folder / "q.parquet")
+    columns = dict.fromkeys(("subset", "revision", "question_column", "answer_column"))
+    source = {"path": str(folder / "q.parquet"), "split": "train", **columns}
+    build = {"train": source, "eval": source, "eval_size": 2, "instruction": " \\boxed{}?"}
+    return Reasoning(**(build | other))
+
+
+def test_reasoning_has_prompts_with_the_instruction_and_a_bounded_evaluation(
     tmp_path: Path,
 ) -> None:
-    rows = [
-        {"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": [answer]}}
-        for text, answer in (("1+1?", "2"), ("1+1?", "2"), ("Half? Use \\boxed{}.", "0.5"))
-    ]
-    Dataset.from_list(rows).to_parquet(tmp_path / "q.parquet")
-    task = _reasoning(tmp_path / "q.parquet", "prompt", "reward_model.ground_truth")
-    first, second = task.train_prompts()
-    assert first == Prompt(0, "1+1?" + INSTRUCTION, "2")
-    assert second.text.count("boxed") == 1
-    assert task.is_correct(second, "\\boxed{.5}")
-    assert not task.is_correct(second, "\\boxed{2}")
+    task = reasoning(tmp_path)
+    assert [p.text for p in task.train_prompts()] == [f"{i}+1? \\boxed{{}}?" for i in range(4)]
+    assert [p.reference for p in task.eval_prompts()] == ["1", "2"]
+    assert len(reasoning(tmp_path, eval_size=None).eval_prompts()) == 4
+    assert task.is_correct(task.train_prompts()[0], "\\boxed{1}")
+    assert not task.is_correct(task.train_prompts()[0], "\\boxed{2}")
 
 
-def test_plain_columns_may_lack_the_answer(tmp_path: Path) -> None:
-    Dataset.from_list([{"problem": "1+1?"}]).to_json(tmp_path / "q.jsonl")
-    task = _reasoning(tmp_path / "q.jsonl", "problem", "answer")
-    assert task.is_correct(task.train_prompts()[0], "\\boxed{2}") is None
+def test_reasoning_reads_a_set_only_when_asked_and_tells_what_it_left_out(tmp_path: Path) -> None:
+    nowhere = {"path": "/nowhere.parquet", "split": "train"}
+    nowhere |= dict.fromkeys(("subset", "revision", "question_column", "answer_column"))
+    task = reasoning(tmp_path, train=nowhere)
+    assert task.notes == []
+    assert len(task.eval_prompts()) == len(task.eval_prompts()) == 2
+    (note,) = task.notes
+    assert note.endswith("4 questions of 5 rows: repeated questions left out: 1")
+    with pytest.raises(TaskError, match=r"task\.build\.train: /nowhere\.parquet: no such file"):
+        task.train_prompts()
 
 
-def test_a_missing_file_or_column_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"nothing\.parquet"):
-        _reasoning(tmp_path / "nothing.parquet", "prompt", "answer")
-    Dataset.from_list([{"problem": "1+1?"}]).to_json(tmp_path / "q.jsonl")
-    with pytest.raises(TaskError, match="no column 'prompt' but problem"):
-        _reasoning(tmp_path / "q.jsonl", "prompt", "answer")
+def test_reasoning_refuses_settings_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"task\.build\.eval_size=0"):
+        reasoning(tmp_path, eval_size=0)
+    with pytest.raises(TaskError, match=r"task\.build\.train: unknown key 'file'"):
+        reasoning(tmp_path, train={"file": "a.parquet"})
 
 
-def _reasoning(file: Path, question: str, answer: str) -> Reasoning:
-    return Reasoning(
-        train_file=str(file), eval_file=str(file), question_column=question,
-        answer_column=answer, eval_size=10,
-    )  # fmt: skip
+def test_a_figure_is_the_mean_over_the_prompts_that_have_it() -> None:
+    assert mean_scores([{"a": 1.0, "b": 4.0}, {"a": 3.0}]) == {"a": 2.0, "b": 4.0}
+    assert mean_scores([]) == {}

@@ -309,3 +309,45 @@ class PretrainConfig:
     logit_scale: dict[str, float] = MISSING
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     training: PretrainingConfig = field(default_factory=PretrainingConfig)
+
+
+@dataclass
+class SourceConfig:
+    path: str = MISSING
+    split: str = MISSING
+    subset: str | None = MISSING
+    revision: str | None = MISSING
+    question_column: str | None = MISSING
+    answer_column: str | None = MISSING
+
+
+@dataclass
+class SolutionConfig:
+    column: str = MISSING
+    tokenizer: str | None = MISSING
+    max_tokens: int | None = MISSING
+    max_words: int | None = MISSING
+
+
+@dataclass
+class RecipeRulesConfig:
+    without_answer: bool = MISSING
+    leaked_answer_characters: int | None = MISSING
+    max_question_characters: int | None = MISSING
+    proofs: bool = MISSING
+    multiple_choice: bool = MISSING
+    non_numeric: bool = MISSING
+
+
+@dataclass
+class PrepareDataConfig:
+    """`conf/prepare_data.yaml`."""
+
+    source: SourceConfig = field(default_factory=SourceConfig)
+    output: str = MISSING
+    size: int | None = MISSING
+    seed: int = MISSING
+    instruction: str = MISSING
+    data_source: str = MISSING
+    drop: RecipeRulesConfig = field(default_factory=RecipeRulesConfig)
+    solution: SolutionConfig = field(default_factory=SolutionConfig)

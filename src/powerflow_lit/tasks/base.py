@@ -89,8 +89,9 @@ class Task(ABC):
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over prompts; all prompts have the same figures."""
-    return {name: mean([s[name] for s in scores]) for name in scores[0]} if scores else {}
+    """Mean of each figure over the prompts that have it (a genre's figures: that genre's)."""
+    names = dict.fromkeys(name for score in scores for name in score)
+    return {name: mean([s[name] for s in scores if name in s]) for name in names}
 
 
 def correctness_metrics(answers: Sequence[str | None], correct: Sequence[bool]) -> dict[str, float]:

@@ -1,41 +1,30 @@
-"""`task=reasoning`: mathematical questions from a file of your own, answered in `\\boxed{}`."""
+"""`task=reasoning`: mathematical questions from any data set, answered in `\\boxed{}`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import cached_property
 from typing import Any
-
-from datasets import Dataset, load_dataset
 
 from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.boxed import BoxedAnswers
+from powerflow_lit.tasks.sources import Questions, Source, read_questions
 from powerflow_lit.types import Prompt
-
-INSTRUCTION = " Let's think step by step and output the final answer within \\boxed{}."
-READERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".arrow": "arrow",
-}
 
 
 class Reasoning(BoxedAnswers):
-    """Questions and reference answers from local files (parquet, jsonl, csv, arrow).
+    """Questions and reference answers; training itself never reads the answers.
 
-    Two layouts are read: plain columns (`question_column`, `answer_column`), and verl's, where
-    `prompt` is a list of chat messages and `reward_model.ground_truth` the answer. Answers are
-    compared as text without spaces, or as numbers; training itself never reads them.
+    A set is read when its prompts are first asked for, so that an evaluation needs no training
+    data.
 
     Args:
-        train_file, eval_file: paths.
-        question_column, answer_column: names of the columns; the answer may be missing.
-        eval_size: of the evaluation file, at most.
+        train, eval: the fields of a `Source` each.
+        eval_size: evaluation questions at most, the first ones; None is all.
+        instruction: appended to each question that does not ask for a box already.
 
     Raises:
-        TaskError: a missing file or column, or no rows.
+        TaskError: here, an unknown or missing field; with the prompts, see `read_questions`.
     """
 
     name = "reasoning"
@@ -43,22 +32,42 @@ class Reasoning(BoxedAnswers):
     def __init__(
         self,
         *,
-        train_file: str,
-        eval_file: str,
-        question_column: str,
-        answer_column: str,
-        eval_size: int,
+        train: Mapping[str, Any],
+        eval: Mapping[str, Any],
+        eval_size: int | None,
+        instruction: str,
     ) -> None:
+        if eval_size is not None and eval_size < 1:
+            raise TaskError(f"task.build.eval_size={eval_size}: must be 1 or more, or null for all")
         self.headline = "pass@1"
-        columns = (question_column, answer_column)
-        self._train = _prompts(train_file, *columns)
-        self._eval = _prompts(eval_file, *columns)[:eval_size]
+        self.notes: list[str] = []
+        self._sources = {
+            "train": Source.of(train, name="task.build.train"),
+            "eval": Source.of(eval, name="task.build.eval"),
+        }
+        self._eval_size, self._instruction = eval_size, instruction
 
     def train_prompts(self) -> Sequence[Prompt]:
-        return self._train
+        return self._train.prompts
 
     def eval_prompts(self) -> Sequence[Prompt]:
-        return self._eval
+        return self._eval.prompts[: self._eval_size]
+
+    @cached_property
+    def _train(self) -> Questions:
+        return self._read("train")
+
+    @cached_property
+    def _eval(self) -> Questions:
+        return self._read("eval")
+
+    def _read(self, role: str) -> Questions:
+        try:
+            questions = read_questions(self._sources[role], instruction=self._instruction)
+        except TaskError as error:
+            raise TaskError(f"task.build.{role}: {error}") from error
+        self.notes.extend(questions.notes)
+        return questions
 
     def same_answer(self, answer: str, reference: str) -> bool:
         if answer.replace(" ", "") == reference.replace(" ", ""):
@@ -67,36 +76,3 @@ class Reasoning(BoxedAnswers):
             return float(answer.replace(",", "")) == float(reference.replace(",", ""))
         except ValueError:
             return False
-
-
-def _prompts(file: str, question_column: str, answer_column: str) -> list[Prompt]:
-    """Distinct questions of a file, each with the instruction to box the answer."""
-    path = Path(file).expanduser()
-    if path.suffix not in READERS or not path.exists():
-        raise TaskError(f"{file}: no such file, or not one of {', '.join(READERS)}")
-    rows: Dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    if question_column not in rows.column_names:
-        raise TaskError(
-            f"{file} has no column '{question_column}' but {', '.join(rows.column_names)}: "
-            "set task.build.question_column"
-        )
-    found: dict[str, str | None] = {}
-    for row in rows:
-        found.setdefault(_question(row[question_column]), _answer(row, answer_column))
-    if not found:
-        raise TaskError(f"{file} holds no rows")
-    return [Prompt(i, question, answer) for i, (question, answer) in enumerate(found.items())]
-
-
-def _question(value: Any) -> str:
-    text = value if isinstance(value, str) else value[-1]["content"]  # chat messages
-    return text if "\\boxed" in text else text.strip() + INSTRUCTION
-
-
-def _answer(row: Mapping[str, Any], column: str) -> str | None:
-    value: Any = row
-    for part in column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return None if value is None else str(value)
