@@ -21,6 +21,7 @@ class BoxedAnswers(Task):
             response; the figures then say which prompts those are, and avg@k without them.
     """
 
+    is_prose = False
     marks_unparsable = False
 
     def is_formatted(self, response: str) -> bool:
