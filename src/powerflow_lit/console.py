@@ -27,7 +27,7 @@ LINE = (
 # rows of the final table, where the task reports them
 FINAL = (
     "pass@1", "avg@", "pass@", "maj@", "quality", "modes@", "unique_valid@", "length_mean",
-    "format_rate", "repetition", "diversity_semantic", "distinct_n",
+    "format_rate", "repetition", "diversity_semantic", "vendi", "self_bleu", "distinct_n",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import comb
 
 
@@ -30,7 +30,8 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
 def maj_at_k(answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]) -> float:
     """Mean over problems of the plurality answer's correctness; ties count fractionally.
 
-    `answers` are extracted answers (None where there is none: such samples do not vote).
+    `answers` are extracted answers, equal ones spelt alike (see `cluster`); None where there is
+    none: such samples do not vote.
     """
     scores = []
     for row, right in zip(answers, correct, strict=True):
@@ -40,6 +41,23 @@ def maj_at_k(answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence
         good = {a for a, ok in zip(row, right, strict=True) if ok}
         scores.append(len(winners & good) / len(winners) if winners else 0.0)
     return _mean(scores)
+
+
+def cluster(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[str | None]:
+    """Each answer's equivalence class, named by the first answer in it; None stays None.
+
+    An answer joins the first class whose name it equals: what equals one name is equivalent, also
+    where `same` is not transitive.
+    """
+    names: list[str] = []
+    class_of: dict[str, str] = {}
+    for answer in answers:
+        if answer is not None and answer not in class_of:
+            name = next((n for n in names if same(answer, n)), None)
+            if name is None:
+                names.append(name := answer)
+            class_of[answer] = name
+    return [None if a is None else class_of[a] for a in answers]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from powerflow_lit.metrics import at_k, text
 from powerflow_lit.types import Prompt
@@ -38,6 +41,8 @@ class Task(ABC):
         name: as in `task=`.
         headline: the `val/` metric to watch while training.
         embed: what `diversity_semantic` is measured with; figures of two embedders do not compare.
+        is_prose: whether wording is the point; self-BLEU, which costs as much as all other figures
+            together, is then taken too.
         notes: what a person must know of the data (rows left out, references that cannot be
             parsed), printed before the figures and kept beside them.
     """
@@ -45,6 +50,7 @@ class Task(ABC):
     name: str
     headline: str
     embed: text.Embedder = staticmethod(text.hashing_embedding)
+    is_prose: bool = True
     notes: Sequence[str] = ()
 
     @abstractmethod
@@ -77,21 +83,33 @@ class Task(ABC):
         """Figures that every task reports: format, length, truncation, repetition, diversity."""
         responses = sample.responses
         texts = [r.text for r in responses]
-        return {
+        vectors = self.embed(texts) if len(texts) > 1 else np.ones((len(texts), 1))
+        figures = {
             "format_rate": mean([self.is_formatted(t) for t in texts]),
             "length_mean": mean([len(r.token_ids) for r in responses]),
             "truncated_frac": mean([r.truncated for r in responses]),
             "repetition": mean([text.repetition(r.token_ids) for r in responses]),
             "distinct_n": text.distinct_n([r.token_ids for r in responses]),
             "diversity_lexical": text.diversity_lexical(texts),
-            "diversity_semantic": text.diversity_semantic(texts, self.embed),
+            "diversity_semantic": text.cosine_diversity(vectors),
+            "vendi": text.vendi_score(vectors),
         }
+        if self.is_prose:
+            figures["self_bleu"] = text.self_bleu([t.split() for t in texts])
+        return figures
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over the prompts that have it (a genre's figures: that genre's)."""
-    names = dict.fromkeys(name for score in scores for name in score)
-    return {name: mean([s[name] for s in scores if name in s]) for name in names}
+    """Mean of each figure over the prompts that have it; nan, or no entry, where a prompt has none.
+
+    A genre's figures are that genre's; a figure that no prompt has is left out.
+    """
+    means = {}
+    for name in dict.fromkeys(name for score in scores for name in score):
+        values = [s[name] for s in scores if not math.isnan(s.get(name, math.nan))]
+        if values:
+            means[name] = mean(values)
+    return means
 
 
 def correctness_metrics(answers: Sequence[str | None], correct: Sequence[bool]) -> dict[str, float]:

@@ -51,15 +51,28 @@ class Reasoning(BoxedAnswers):
         return self._train.prompts
 
     def eval_prompts(self) -> Sequence[Prompt]:
-        return self._eval.prompts[: self._eval_size]
+        return self._eval
 
     @cached_property
     def _train(self) -> Questions:
         return self._read("train")
 
     @cached_property
-    def _eval(self) -> Questions:
-        return self._read("eval")
+    def _eval(self) -> Sequence[Prompt]:
+        """Those with a reference: one without could only count as wrong."""
+        prompts = self._read("eval").prompts
+        given = [p for p in prompts if p.reference is not None]
+        if not given:
+            path = self._sources["eval"].path
+            raise TaskError(
+                f"task.build.eval: no question of {path} has a reference answer: "
+                "set task.build.eval.answer_column"
+            )
+        if missing := len(prompts) - len(given):
+            self.notes.append(f"{missing} evaluation questions without a reference are left out")
+        chosen = given[: self._eval_size]
+        self.notes.extend(self.check_references(chosen))
+        return chosen
 
     def _read(self, role: str) -> Questions:
         try:
@@ -68,11 +81,3 @@ class Reasoning(BoxedAnswers):
             raise TaskError(f"task.build.{role}: {error}") from error
         self.notes.extend(questions.notes)
         return questions
-
-    def same_answer(self, answer: str, reference: str) -> bool:
-        if answer.replace(" ", "") == reference.replace(" ", ""):
-            return True
-        try:
-            return float(answer.replace(",", "")) == float(reference.replace(",", ""))
-        except ValueError:
-            return False
