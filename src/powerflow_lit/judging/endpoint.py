@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,6 +21,10 @@ class JudgeError(RuntimeError):
 
 class RefusedError(JudgeError):
     """The server will not answer this one request (too long, say); others may pass."""
+
+
+class _Stopped(Exception):  # noqa: N818
+    """An item that was not begun because another one failed."""
 
 
 class Endpoint:
@@ -140,18 +145,27 @@ class Endpoint:
         """
         if not items:
             return []
+        stop = threading.Event()
+
+        def call(item: Item) -> Result:
+            if stop.is_set():
+                raise _Stopped
+            try:
+                return function(item)
+            except BaseException:
+                stop.set()  # before this thread takes the next item
+                raise
+
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            futures: list[Future[Result]] = [pool.submit(function, item) for item in items]
-            open_, done = set(futures), 0
-            while open_:
-                ready, open_ = wait(open_, return_when=FIRST_COMPLETED)
-                for future in ready:
+            futures = [pool.submit(call, item) for item in items]
+            for done, future in enumerate(as_completed(futures), start=1):
+                if not isinstance(future.exception(), _Stopped):  # the error itself is to come
                     future.result()
-                    done += 1
-                    on_done(done)
+                on_done(done)
             return [future.result() for future in futures]
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
