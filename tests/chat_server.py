@@ -48,11 +48,11 @@ def chat_server(answer: Answer, models: tuple[str, ...] = ("judge-1",)) -> Itera
             self.end_headers()
             self.wfile.write(data)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             listed = [{"id": name, "object": "model"} for name in models]
             self.send(200, {"object": "list", "data": listed})
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             with server.lock:
                 server.bodies.append(body)

@@ -76,7 +76,7 @@ TEXT = json.dumps(GOOD)
     [
         TEXT,
         f"```json\n{json.dumps(GOOD, indent=2)}\n```",
-        f"Let me think {{about it}}. A draft: {TEXT.replace('4', '1')}. No, finally:\n{TEXT}\nDone.",
+        f"Let me think {{about it}}. A draft: {TEXT.replace('4', '1')}. No:\n{TEXT}\nDone.",
         f'<think>{{"funniness": 9}}</think>{TEXT}',
         json.dumps({"scores": GOOD, "comment": "a {brace}"}),
         json.dumps({"Funniness": "4", "CLEVERNESS": 3, "originality ": 2.5, "structure": "5.0"}),
