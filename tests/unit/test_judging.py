@@ -188,9 +188,10 @@ def test_creative_quality_is_the_mean_of_what_could_be_read_and_failures_are_cou
         record = creative.record()
         creative.close()
         creative.close()
+    joke, poem = pytest.approx((5 / 5 + 2 / 5) / 2), pytest.approx(5 / 20)
     assert figures == [
-        {"quality": pytest.approx((1.0 + 0.4) / 2), "judge_failures": 0.5},
-        {"quality": pytest.approx(0.25), "judge_failures": 0.0},
+        {"quality": joke, "quality/joke": joke, "judge_failures": 0.5},
+        {"quality": poem, "quality/poem": poem, "judge_failures": 0.0},
         {"judge_failures": 1.0},
     ]
     assert heard[-1] == (7, 7)

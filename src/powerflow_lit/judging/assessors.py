@@ -171,6 +171,7 @@ class CreativeJudge(ChatJudge):
     ) -> list[dict[str, float]]:
         """`quality`, the mean over the responses with scores; `judge_failures`, the others' share.
 
+        `quality/<genre>` is the same figure again, for means over one genre's prompts.
         An empty response is worth what the judge says of it, as any other.
         """
         genres = [self._genre(sample.prompt) for sample in samples]
@@ -184,7 +185,7 @@ class CreativeJudge(ChatJudge):
         for genre, sample in zip(genres, samples, strict=True):
             own = [next(scores) for _ in sample.responses]
             values = [self.rubrics[genre].quality(s) for s in own if s is not None]
-            figures.append(_figures("quality", values, len(own)))
+            figures.append(_figures(("quality", f"quality/{genre}"), values, len(own)))
         return figures
 
     def _genre(self, prompt: Prompt) -> str:
@@ -237,7 +238,7 @@ class StrategyJudge(ChatJudge):
                 continue
             own = next(scores)
             values = [] if own is None else [self.rubrics["strategies"].weighted(own)]
-            figures.append(_figures("strategy_diversity", values, 1))
+            figures.append(_figures(("strategy_diversity",), values, 1))
         return figures
 
     def _material(self, sample: Sampled) -> dict[str, str]:
@@ -250,7 +251,7 @@ def _comparable(sample: Sampled) -> bool:
     return len(sample.responses) > 1
 
 
-def _figures(name: str, values: Sequence[float], asked: int) -> dict[str, float]:
+def _figures(names: Sequence[str], values: Sequence[float], asked: int) -> dict[str, float]:
     """The mean of the values there are, and the share of questions that brought none."""
     figures = {"judge_failures": 1 - len(values) / asked} if asked else {}
-    return figures | ({name: sum(values) / len(values)} if values else {})
+    return figures | (dict.fromkeys(names, sum(values) / len(values)) if values else {})
