@@ -112,13 +112,14 @@ def test_a_piece_too_long_for_the_judge_is_a_failure_and_the_others_are_judged(
     assert 0.2 <= figures["quality"] <= 1
 
 
-MANY = [sampled(i, "Write a joke.", f"Why did the fox sing {i} ?") for i in range(40)]
+MANY = [sampled(i, "Write a joke.", f"Why did the fox sing {i} ?") for i in range(24)]
+SHORT = ("judge.client.concurrency=1", "judge.client.max_tokens=128")
 RUN = """
 import sys
 from pathlib import Path
-from tests.integration.test_judge import MANY, VllmServer, judge
+from tests.integration.test_judge import MANY, SHORT, VllmServer, judge
 server = VllmServer(sys.argv[1], sys.argv[2])
-judge("creative", server, Path(sys.argv[3]), "judge.client.concurrency=1").assess(MANY, None)
+judge("creative", server, Path(sys.argv[3]), *SHORT).assess(MANY, None)
 """
 
 
@@ -141,7 +142,7 @@ def test_a_judge_killed_half_way_asks_only_the_rest(server: VllmServer, tmp_path
     assert 3 <= answered < len(MANY)
     time.sleep(1)  # the server drops what the dead one had under way
     before = server.chat_requests()
-    resumed = judge("creative", server, cache)
+    resumed = judge("creative", server, cache, *SHORT)
     assert len(resumed.assess(MANY, None)) == len(MANY)
     record: dict[str, Any] = resumed.record() or {}
     assert (record["requests"], record["cached"]) == (len(MANY) - answered, answered)
