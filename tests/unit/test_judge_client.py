@@ -166,8 +166,10 @@ def test_a_server_that_keeps_failing_ends_the_run_and_what_it_answered_is_kept(
 
     with chat_server(fails_at_b) as server:
         judge = client(server, tmp_path / "c", concurrency=1)
+        questions = [Question(text, None) for text in "abc"]
         with pytest.raises(JudgeError, match=r"answers 429: quota used up .*kept"):
-            ask(judge, "a", "b", "c")
+            judge.ask(questions, lambda done, total: time.sleep(done))  # b fails meanwhile
+    assert "c" not in server.questions
     assert len((tmp_path / "c").read_text().splitlines()) == 1
 
 
