@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("judge")
     model = embedded_with_characters("tiny_instruct", folder)
     with vllm_serve(
-        model, model="tiny-judge", max_model_len=2048, log=folder / "log", timeout_s=180
+        model, model="tiny-judge", max_model_len=2048, log=folder / "log", timeout_s=240
     ) as serving:
         yield serving
 
