@@ -3,6 +3,7 @@
 from hydra.errors import InstantiationException
 
 from powerflow_lit.config.checks import ConfigError
+from powerflow_lit.judging.endpoint import JudgeError
 from powerflow_lit.models.loading import ModelError
 from powerflow_lit.monitor import MonitorError
 from powerflow_lit.objectives import ObjectiveError
@@ -11,7 +12,7 @@ from powerflow_lit.tasks.base import TaskError
 
 USER_ERRORS = (
     ConfigError, ModelError, TaskError, EngineError, ObjectiveError, MonitorError,
-    InstantiationException,
+    JudgeError, InstantiationException,
 )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ FORBIDDEN = {
     "models": {"lightning", "hydra", "omegaconf", "vllm", "rollout", "module", "datamodule",
                "tasks", "objectives", "config"},
     "tasks": {"lightning", "hydra", "omegaconf", "vllm", "models", "module", "rollout", "config"},
+    "judging": {"lightning", "hydra", "omegaconf", "vllm", "transformers", "models", "rollout",
+                "module", "datamodule", "config", "objectives", "assembly", "evaluate"},
     "rollout": {"lightning", "hydra", "omegaconf", "objectives", "module", "datamodule", "tasks",
                 "config"},
     "module.py": {"hydra", "omegaconf", "config"},

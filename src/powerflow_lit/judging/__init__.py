@@ -1,0 +1,1 @@
+"""Judges and embedders: figures of text that need a model of their own."""
