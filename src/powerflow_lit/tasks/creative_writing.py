@@ -71,7 +71,9 @@ class CreativeWriting(Task):
         texts: dict[str, list[str]] = {}
         self.notes = []
         for genre, path in prompts.items():
-            lines = read_lines(path or str(SHIPPED / f"{genre}.txt"), name=f"prompts.{genre}")
+            lines = read_lines(
+                path or str(SHIPPED / f"{genre}.txt"), name=f"task.build.prompts.{genre}"
+            )
             whole = [
                 line if _stands_alone(line, genre, wrap)
                 else templates[genre].replace("{length}", asked).replace("{line}", line)
