@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,9 +90,17 @@ class Task(ABC):
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over the prompts that have it (a genre's figures: that genre's)."""
-    names = dict.fromkeys(name for score in scores for name in score)
-    return {name: mean([s[name] for s in scores if name in s]) for name in names}
+    """Mean of each figure over the prompts that have it.
+
+    All prompts name the same figures; nan stands where a prompt has none, and a figure that no
+    prompt has is left out.
+    """
+    means = {}
+    for name in scores[0] if scores else ():
+        values = [s[name] for s in scores if not math.isnan(s[name])]
+        if values:
+            means[name] = mean(values)
+    return means
 
 
 def correctness_metrics(answers: Sequence[str | None], correct: Sequence[bool]) -> dict[str, float]:
