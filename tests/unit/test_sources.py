@@ -272,6 +272,10 @@ def test_a_folder_of_several_data_sets_is_not_mixed(tmp_path: Path) -> None:
         jsonl(tmp_path, *ROWS, name=name)
     message = refusal(tmp_path)
     assert "several data sets (math500.jsonl, olympiad.jsonl): give the path of one" in message
+    (tmp_path / "aime").mkdir()
+    for name in ("aime24_0726.jsonl", "aime25_0726.jsonl"):
+        jsonl(tmp_path / "aime", *ROWS, name=name)
+    assert "several data sets (aime24_0726.jsonl, aime25_0726.jsonl)" in refusal(tmp_path / "aime")
 
 
 def test_a_folder_without_data_is_named(tmp_path: Path) -> None:

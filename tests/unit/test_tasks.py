@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -88,5 +89,6 @@ def test_reasoning_refuses_settings_that_cannot_work(tmp_path: Path) -> None:
 
 
 def test_a_figure_is_the_mean_over_the_prompts_that_have_it() -> None:
-    assert mean_scores([{"a": 1.0, "b": 4.0}, {"a": 3.0}]) == {"a": 2.0, "b": 4.0}
+    scores = [{"a": 1.0, "b": 4.0, "c": nan}, {"a": 3.0, "b": nan, "c": nan}]
+    assert mean_scores(scores) == {"a": 2.0, "b": 4.0}
     assert mean_scores([]) == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -71,7 +72,9 @@ class CreativeWriting(Task):
         texts: dict[str, list[str]] = {}
         self.notes = []
         for genre, path in prompts.items():
-            lines = read_lines(path or str(SHIPPED / f"{genre}.txt"), name=f"prompts.{genre}")
+            lines = read_lines(
+                path or str(SHIPPED / f"{genre}.txt"), name=f"task.build.prompts.{genre}"
+            )
             whole = [
                 line if _stands_alone(line, genre, wrap)
                 else templates[genre].replace("{length}", asked).replace("{line}", line)
@@ -92,6 +95,7 @@ class CreativeWriting(Task):
                 f"{len(seen)} prompts in all leave {len(train)} to train and {len(held_out)} to "
                 f"evaluate with train_share={train_share}: give more prompts"
             )
+        self._all_genres = list(texts)
         self._genres = [genre for genre, _ in [*train, *held_out]]
         every = [Prompt(i, text) for i, (_, text) in enumerate([*train, *held_out])]
         self._train, self._eval = every[: len(train)], every[len(train) :]
@@ -112,7 +116,11 @@ class CreativeWriting(Task):
         return {
             self.headline: figures[self.headline],
             **figures,
-            **{f"{name}/{genre}": figures[name] for name in BY_GENRE},
+            **{
+                f"{name}/{other}": figures[name] if other == genre else nan
+                for other in self._all_genres
+                for name in BY_GENRE
+            },
         }
 
 

@@ -27,11 +27,13 @@ SPLIT_WORDS = {
     "train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
+SHARD_NUMBER = re.compile(r"\d{4,}")  # shorter ones may be a name's own: aime24, aime25
 SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 LFS_POINTER = b"version https://git-lfs"
 QUIET_BYTES = 64 * 2**20
 HUB_SECONDS = 20.0
+SAID = 300  # characters of a loader's own words
 
 
 def load_rows(path: str, *, split: str, subset: str | None, revision: str | None) -> Dataset:
@@ -74,11 +76,15 @@ def _from_files(path: str, files: Sequence[Path], split: str) -> Dataset:
     for file in files:
         if file.stat().st_size == 0:
             raise TaskError(f"{_named(path, file)} is empty (0 bytes)")
-        with file.open("rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise TaskError(
-                    f"{_named(path, file)} is a git-lfs pointer, not the data: run git lfs pull"
-                )
+        try:
+            with file.open("rb") as opened:
+                head = opened.read(len(LFS_POINTER))
+        except OSError as error:
+            raise TaskError(f"{_named(path, file)} cannot be opened: {error.strerror}") from error
+        if head == LFS_POINTER:
+            raise TaskError(
+                f"{_named(path, file)} is a git-lfs pointer, not the data: run git lfs pull"
+            )
     name = split.partition("[")[0]
     # small files are read sooner than a bar is
     with quietly(bars=sum(file.stat().st_size for file in files) > QUIET_BYTES):
@@ -90,10 +96,15 @@ def _from_files(path: str, files: Sequence[Path], split: str) -> Dataset:
                 raise TaskError(f"{path} holds no rows") from error
             if "instruction" in said.lower():  # datasets' word for a split with its slice
                 raise TaskError(f"split={split}: {_first_line(error)}") from error
+            cause = _root(error)
+            if isinstance(cause, OSError) and cause.errno is not None:  # disk, not content
+                raise TaskError(
+                    f"{path} cannot be loaded: {_first_line(cause)} (its cache lies in HF_HOME)"
+                ) from error
             bad = next((f for f in files if not _readable(reader, f)), files[0])
             raise TaskError(
                 f"{_named(path, bad)} cannot be read as {reader}, it may be cut off or damaged: "
-                f"{_reason(error)}"
+                f"{_first_line(_root(error))}"
             ) from error
 
 
@@ -119,9 +130,12 @@ def _from_folder(path: str, folder: Path, split: str, subset: str | None) -> Dat
     if wanted not in by_split:
         raise _no_split(path, name, list(by_split))
     files = by_split[wanted]
-    if len({re.sub(r"\d+", "", str(file)) for file in files}) > 1:
+    if len({SHARD_NUMBER.sub("", str(file)) for file in files}) > 1:
         some = ", ".join(str(file.relative_to(folder)) for file in files[:8])
-        raise TaskError(f"{path} holds several data sets ({some}): give the path of one of them")
+        raise TaskError(
+            f"{path} holds several data sets ({some}): give the path of one of them, or set "
+            "subset to a folder in it"
+        )
     return _from_files(path, files, split)
 
 
@@ -144,7 +158,9 @@ def _from_disk(path: str, folder: Path, split: str) -> Dataset:
     try:
         loaded = load_from_disk(str(folder))
     except Exception as error:  # pyarrow and datasets each raise their own
-        raise TaskError(f"{path} cannot be opened, it may be damaged: {_reason(error)}") from error
+        raise TaskError(
+            f"{path} cannot be opened, it may be damaged: {_first_line(_root(error))}"
+        ) from error
     if isinstance(loaded, DatasetDict):
         if name not in loaded:
             raise _no_split(path, name, list(loaded))
@@ -169,7 +185,7 @@ def _from_hub(path: str, split: str, subset: str | None, revision: str | None) -
     try:
         return load_dataset(path, name=subset, split=split, revision=revision)
     except Exception as error:  # of datasets, of huggingface_hub and of its http client
-        said = _first_line(error)
+        said = " ".join(str(_root(error)).split())[:SAID]  # what it lists stands on further lines
         if "split" in said.lower() and "[" in said:
             raise TaskError(f"{path}: no split '{split}': {said}") from error
         if "config" in said.lower():
@@ -214,11 +230,9 @@ def _readable(reader: str, file: Path) -> bool:
     return True
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return _first_line(error)
+def _root(error: BaseException) -> BaseException:
+    """What went wrong at the bottom."""
+    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 def _first_line(error: BaseException) -> str:
