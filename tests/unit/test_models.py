@@ -59,7 +59,9 @@ def test_log_probs_are_those_of_single_unpadded_passes(
     batch = ragged_batch(tiny.config.vocab_size)
     with torch.no_grad():
         expected = row_by_row(tiny, batch)
-        scores = response_scores(tiny, batch, tokens_per_microbatch=tokens_per_microbatch)
+        scores = response_scores(
+            tiny, batch, tokens_per_microbatch=tokens_per_microbatch, logit_chunk_mb=1.0
+        )
     assert scores.log_prob.shape == batch.mask.shape
     for row, want in zip(scores.log_prob, expected, strict=True):
         torch.testing.assert_close(row[: len(want)].double(), want, rtol=1e-5, atol=2e-5)
@@ -73,8 +75,12 @@ def test_the_content_of_padding_is_irrelevant(tiny: PreTrainedModel) -> None:
     other[position >= batch.lengths[:, None]] = 7
     changed = TokenBatch(other, batch.prompt_lengths, batch.response_lengths)
     with torch.no_grad():
-        one = response_scores(tiny, batch, tokens_per_microbatch=10_000).log_prob
-        two = response_scores(tiny, changed, tokens_per_microbatch=10_000).log_prob
+        one = response_scores(
+            tiny, batch, tokens_per_microbatch=10_000, logit_chunk_mb=1.0
+        ).log_prob
+        two = response_scores(
+            tiny, changed, tokens_per_microbatch=10_000, logit_chunk_mb=1.0
+        ).log_prob
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
@@ -85,7 +91,7 @@ def test_splitting_into_microbatches_changes_no_gradient(tiny: PreTrainedModel) 
     def gradient(tokens: int) -> Tensor:
         tiny.zero_grad()
         tiny.requires_grad_(True)
-        scores = response_scores(tiny, batch, tokens_per_microbatch=tokens)
+        scores = response_scores(tiny, batch, tokens_per_microbatch=tokens, logit_chunk_mb=1.0)
         total = scores.log_prob.sum(1)
         ((total - total.mean()) ** 2).mean().backward()
         found = torch.cat([p.grad.flatten() for p in tiny.parameters() if p.grad is not None])
@@ -109,7 +115,9 @@ def test_prompt_states_of_a_full_pass_are_those_of_the_prompt_alone(tiny: PreTra
     batch = ragged_batch(tiny.config.vocab_size)
     with torch.no_grad():
         for pool in ("mean", "last"):
-            full = response_scores(tiny, batch, tokens_per_microbatch=10_000, pool=pool)
+            full = response_scores(
+                tiny, batch, tokens_per_microbatch=10_000, logit_chunk_mb=1.0, pool=pool
+            )
             alone = prompt_states(tiny, batch, pool)
             assert full.prompt_state is not None
             torch.testing.assert_close(full.prompt_state, alone, rtol=1e-4, atol=1e-5)
