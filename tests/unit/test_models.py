@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,9 @@ from powerflow_lit.models.embedded import NAMES, folder_of
 from powerflow_lit.models.loading import ModelError, load_model, load_tokenizer, policy_weights
 from powerflow_lit.models.logprobs import microbatches, prompt_states, response_scores
 from powerflow_lit.models.prompting import encode_prompts, render
+from powerflow_lit.rollout.vllm_engine import as_in_files, tied_names
 from powerflow_lit.types import Prompt, TokenBatch
+from tests.tiny_models import KINDS, Kind, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +189,29 @@ def test_a_tied_output_layer_is_among_the_weights_of_an_engine() -> None:
     model = Qwen2ForCausalLM(config)
     weights = policy_weights(model)
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vllm_is_sent_what_stands_in_the_files(kind: Kind, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, kind)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sent = as_in_files(model, policy_weights(model))
+    in_file = load_file(folder / "model.safetensors")
+    again = tied_names(model)
+    assert again == ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    assert sent.keys() == in_file.keys() | again
+    for name, tensor in in_file.items():
+        assert torch.equal(sent[name], tensor), name
+
+
+def test_the_tokenizer_of_the_tiny_models_reads_any_text(tmp_path: Path) -> None:
+    for kind in ("qwen2", "llama", "gpt_neox", "gemma"):
+        tokenizer = load_tokenizer(
+            str(make_tiny_model(tmp_path / kind, kind)), trust_remote_code=False
+        )
+        for text in ("\\boxed{7}\n  two  spaces", "naïve 漢字 🙂", "<|user|>"):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert len(tokenizer) < 400
+        chat = render(tokenizer, "Why?", "chat")
+        assert chat == "<|user|>Why?<|end|><|assistant|>"
+        assert len(tokenizer(chat, add_special_tokens=False)["input_ids"]) == 4 + 3

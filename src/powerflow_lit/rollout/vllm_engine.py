@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
@@ -85,6 +86,14 @@ def tied_names(model: nn.Module) -> set[str]:
     """Names under which the state dict holds a parameter for a second time."""
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in model.named_parameters()}
+
+
+def as_in_files(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of the hub's files, which are those that vLLM reads.
+
+    In memory `transformers` has other names for some, and one tensor for a mixture's experts.
+    """
+    return dict(revert_weight_conversion(model, dict(weights)))
 
 
 def _move_to_subclass(cls: type, subclass: type, model: nn.Module) -> None:
@@ -174,15 +183,14 @@ class VllmEngine:
         except EngineError:
             self.close()
             raise
-        self._eos_id = spec.eos_id
+        self._policy, self._eos_id = spec.policy, spec.eos_id
         self._requests = 0
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         check_weights(weights, self._weight_names)
         with trainer_state_kept():
-            iterator = iter(
-                [(name, t.detach()) for name, t in weights.items() if name not in self._unsent]
-            )
+            sent = {name: t.detach() for name, t in weights.items() if name not in self._unsent}
+            iterator = iter(as_in_files(self._policy, sent).items())
             try:
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
             except ValueError as error:
@@ -241,7 +249,7 @@ class VllmEngine:
         """Names of the policy's weights that the engine's model has no place for.
 
         Raises:
-            EngineError: what the output layer adds to its product would be lost.
+            EngineError: some of the policy's weights would be lost in the engine.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead as Head
 
@@ -254,6 +262,14 @@ class VllmEngine:
             raise EngineError(
                 f"vLLM loses the output layer's bias of {type(policy).__name__} when weights are "
                 "replaced: set rollout=hf"
+            )
+        (experts,) = self._llm.apply_model(
+            lambda m: any(type(x).__name__ == "RoutedExperts" for x in m.modules())
+        )
+        if experts and not torch.cuda.is_available():
+            raise EngineError(
+                f"vLLM on the CPU muddles the experts of {type(policy).__name__} when weights are "
+                "replaced: set rollout=hf, or use a GPU"
             )
         return set()
 
