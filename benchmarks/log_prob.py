@@ -254,16 +254,17 @@ def main() -> None:
     for number, cell in enumerate(cells, 1):
         print(f"\r{number}/{len(cells)} {cell.method} {cell.rows}".ljust(60), end="", flush=True)
         measured[cell] = measure(cell)
+        write(arguments.output, arguments.device, measured)  # what is measured survives a stop
     print(f"\r{table(measured)}")
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
-    record = {
-        "torch": torch.__version__,
-        "device": device,
-        "cells": [asdict(cell) | asdict(found) for cell, found in measured.items()],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {arguments.output}")
+
+
+def write(path: Path, device: str, measured: dict[Cell, Measured]) -> None:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    cells = [asdict(cell) | asdict(found) for cell, found in measured.items()]
+    record = {"torch": torch.__version__, "device": name, "cells": cells}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.log_prob import Cell, Measured, measure
+from benchmarks.log_prob import Cell, Measured, main, measure
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -301,13 +301,15 @@ def test_memory_at_the_vocabulary_of_qwen() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_the_benchmark_prints_and_writes_what_it_measured(tmp_path: Path) -> None:
+def test_the_benchmark_prints_and_writes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "found.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.log_prob", "--rows", "64", "--vocabulary", "500",
-         "--hidden", "16", "--methods", "naive", "recompute", "--output", str(output)],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert "peak MB" in done.stdout
-    assert "recompute" in done.stdout
-    assert '"value_error"' in output.read_text()
+    arguments = f"--rows 64 --vocabulary 500 --hidden 16 --methods recompute --output {output}"
+    monkeypatch.setattr(sys, "argv", ["log_prob", *arguments.split()])
+    main()
+    printed = capsys.readouterr().out
+    (cell,) = json.loads(output.read_text())["cells"]
+    assert f"{cell['peak_mb']:.0f}" in printed
+    assert f"{cell['value_error']:.1e}" in printed
+    assert cell["value_error"] < 1e-5
