@@ -15,10 +15,10 @@ PINS := -c requirements/cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_IN
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-gpu demo doctor test test-slow check lint type format pretrain experiments \
-	clean distclean venv setup-cpu setup-gpu
+	bench-logprob clean distclean venv setup-cpu setup-gpu
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables, as in make demo ARGS='task=creative':"
 	@echo "  ARGS         what the command of demo, doctor, test, test-slow or pretrain is given"
@@ -66,6 +66,9 @@ format: $(STAMP) ## let ruff mend and format what it can
 
 pretrain: $(STAMP) ## rebuild an embedded model: ARGS='embedded=tiny_instruct'
 	$(BIN)/python -m powerflow_lit.pretrain $(ARGS)
+
+bench-logprob: $(STAMP) ## time and memory of the log-probs at a large vocabulary
+	$(BIN)/python -m benchmarks.log_prob $(ARGS)
 
 clean: ## remove caches and build products; runs in outputs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

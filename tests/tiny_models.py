@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-Kind = Literal["qwen2", "llama", "gpt_neox", "gemma", "gemma2", "gemma3_text", "phi"]
+Kind = Literal["qwen2", "llama", "gpt_neox", "gemma", "gemma2", "gemma3_text", "phi", "qwen3_moe"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # the padding is named as Qwen names it: its tokenizer class adds a token of that name where none is
@@ -34,6 +34,8 @@ FAMILIES: dict[Kind, dict[str, Any]] = {
                "final_logit_softcapping": 3.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": {"tie_word_embeddings": True, "head_dim": 32, "query_pre_attn_scalar": 32,
                     "final_logit_softcapping": None},
+    "qwen3_moe": {"tie_word_embeddings": False, "head_dim": 32, "moe_intermediate_size": 64,
+                  "num_experts": 4, "num_experts_per_tok": 2},
     "phi": {"tie_word_embeddings": False, "partial_rotary_factor": 0.5},  # its head has a bias
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
 from powerflow_lit.evaluation import Decoding, EvaluationSettings
 from powerflow_lit.interrupt import StopOnInterrupt
 from powerflow_lit.models.loading import load_model, load_tokenizer, resolve_path
+from powerflow_lit.models.logprobs import check_output_layer
 from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.monitor import Monitor, Rule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
@@ -42,6 +43,7 @@ def build_model(config: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
+    check_output_layer(model)
     return model, tokenizer
 
 
@@ -89,6 +91,7 @@ def build_module(
         grad_clip=optimizer.grad_clip,
         log_z_grad_clip=optimizer.log_z_grad_clip,
         tokens_per_microbatch=config.tokens_per_microbatch,
+        logit_chunk_mb=config.logit_chunk_mb,
     )
 
 
@@ -128,6 +131,7 @@ def build_datamodule(
             logp_gap_trajectories=rollout.logp_gap_trajectories,
             logp_gap_limit=rollout.logp_gap_limit,
             tokens_per_microbatch=config.tokens_per_microbatch,
+            logit_chunk_mb=config.logit_chunk_mb,
             guard_min_p=config.guard.min_p,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]

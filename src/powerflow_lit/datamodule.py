@@ -49,6 +49,7 @@ class RolloutSettings:
     logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
     logp_gap_limit: float  # nats, largest tolerated difference of one token
     tokens_per_microbatch: int  # of the scoring passes
+    logit_chunk_mb: float  # float32 logits held at once in them, MB
     guard_min_p: float  # rollouts and log-probs keep to tokens of so much of the top one's; 0: all
 
 
@@ -314,6 +315,7 @@ class RolloutDataModule(L.LightningDataModule):
                 batch,
                 min_p=self.settings.guard_min_p,
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
+                logit_chunk_mb=self.settings.logit_chunk_mb,
             )
 
     @torch.no_grad()
@@ -341,6 +343,7 @@ class RolloutDataModule(L.LightningDataModule):
                 model,
                 batch,
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
+                logit_chunk_mb=self.settings.logit_chunk_mb,
                 on_progress=count,
             )
         log_prob = scores.log_prob.float().cpu()

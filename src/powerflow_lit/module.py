@@ -39,6 +39,7 @@ class PowerFlowModule(L.LightningModule):
         lr, log_z_lr, betas, weight_decay, warmup_steps: AdamW, policy and head apart.
         grad_clip, log_z_grad_clip: largest gradient norm of either.
         tokens_per_microbatch: padded tokens of one forward pass; never changes a gradient.
+        logit_chunk_mb: float32 logits held at once, MB; never changes one either.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PowerFlowModule(L.LightningModule):
         grad_clip: float,
         log_z_grad_clip: float,
         tokens_per_microbatch: int,
+        logit_chunk_mb: float,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -78,6 +80,7 @@ class PowerFlowModule(L.LightningModule):
         self.weight_decay, self.warmup_steps = weight_decay, warmup_steps
         self.grad_clip, self.log_z_grad_clip = grad_clip, log_z_grad_clip
         self.tokens_per_microbatch = tokens_per_microbatch
+        self.logit_chunk_mb = logit_chunk_mb
         self.step_metrics: dict[str, Tensor] = {}
         self.skipped_steps = 0
         self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
@@ -115,7 +118,11 @@ class PowerFlowModule(L.LightningModule):
         """Log-probs of the responses under the policy; prompt states too if the head reads them."""
         pool = self.log_z.pool if self.log_z.source == "policy" else None
         return response_scores(
-            self.policy, batch.tokens, tokens_per_microbatch=self.tokens_per_microbatch, pool=pool
+            self.policy,
+            batch.tokens,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            logit_chunk_mb=self.logit_chunk_mb,
+            pool=pool,
         )
 
     def loss_inputs(self, batch: TrajectoryBatch, log_pf: Tensor) -> LossInputs:

@@ -33,7 +33,9 @@ def vllm_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
 
 
 def hf_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
-    return HfEngine(spec(policy, path), sequences_per_batch=64, tokens_per_microbatch=4096)
+    return HfEngine(
+        spec(policy, path), sequences_per_batch=64, tokens_per_microbatch=4096, logit_chunk_mb=1.0
+    )
 
 
 def spec(policy: PreTrainedModel, path: Path | str) -> EngineSpec:

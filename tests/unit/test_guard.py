@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from powerflow_lit.models.guard import allowed_tokens, log_prob_over, removed_mass
 from powerflow_lit.models.logprobs import guarded_responses, response_scores
@@ -72,7 +72,9 @@ def sets_of(allowed: AllowedTokens) -> list[set[int]]:
 
 def guarded(lm: LlamaForCausalLM, min_p: float = MIN_P, tokens: int = 10_000) -> TokenBatch:
     batch = TokenBatch.collate(ROWS, PAD)
-    found = guarded_responses(lm, batch, min_p=min_p, tokens_per_microbatch=tokens)
+    found = guarded_responses(
+        lm, batch, min_p=min_p, tokens_per_microbatch=tokens, logit_chunk_mb=1.0
+    )
     return replace(batch, allowed=tuple(g.allowed for g in found))
 
 
@@ -82,9 +84,15 @@ def test_sets_and_log_probs_are_those_of_plain_loops_over_the_vocabulary(tokens:
     batch = guarded(old, tokens=tokens)
     assert batch.allowed is not None
     with torch.no_grad():
-        scores = response_scores(now, batch, tokens_per_microbatch=tokens).log_prob
+        scores = response_scores(
+            now, batch, tokens_per_microbatch=tokens, logit_chunk_mb=1.0
+        ).log_prob
     own = guarded_responses(
-        old, TokenBatch.collate(ROWS, PAD), min_p=MIN_P, tokens_per_microbatch=tokens
+        old,
+        TokenBatch.collate(ROWS, PAD),
+        min_p=MIN_P,
+        tokens_per_microbatch=tokens,
+        logit_chunk_mb=1.0,
     )
     sizes = set()
     for n, (prompt, response) in enumerate(ROWS):
@@ -117,7 +125,9 @@ def test_a_guard_that_allows_everything_changes_no_log_prob_and_no_gradient() ->
     found = []
     for batch in (TokenBatch.collate(ROWS, PAD), guarded(model(), min_p=1e-30)):
         lm = model(1)
-        scores = response_scores(lm, batch, tokens_per_microbatch=10_000).log_prob
+        scores = response_scores(
+            lm, batch, tokens_per_microbatch=10_000, logit_chunk_mb=1.0
+        ).log_prob
         scores.square().sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None])
         found.append((scores.detach(), gradient))
@@ -152,7 +162,9 @@ def test_splitting_a_guarded_batch_changes_no_gradient() -> None:
 
     def gradient(tokens: int) -> Tensor:
         lm = model(1)
-        total = response_scores(lm, batch, tokens_per_microbatch=tokens).log_prob.sum(1)
+        total = response_scores(
+            lm, batch, tokens_per_microbatch=tokens, logit_chunk_mb=1.0
+        ).log_prob.sum(1)
         ((total - total.mean()) ** 2).mean().backward()
         return torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None])
 
@@ -166,7 +178,9 @@ def test_splitting_a_guarded_batch_changes_no_gradient() -> None:
 
 def trajectories(lm: LlamaForCausalLM, refill: int, guard: bool = True) -> list[Trajectory]:
     batch = TokenBatch.collate(ROWS, PAD)
-    found = guarded_responses(lm, batch, min_p=MIN_P, tokens_per_microbatch=10_000)
+    found = guarded_responses(
+        lm, batch, min_p=MIN_P, tokens_per_microbatch=10_000, logit_chunk_mb=1.0
+    )
     return [
         Trajectory(
             prompt=Prompt(n, "p"), group=refill * len(ROWS) + n, prompt_ids=prompt,
@@ -239,7 +253,7 @@ class Bigram(nn.Module):
         super().__init__()
         self.head = nn.Linear(*table.shape, bias=False)
         self.head.weight.data = table.T.clone()
-        self.config = SimpleNamespace()
+        self.config = PretrainedConfig()
 
     def base_model(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         one_hot = nn.functional.one_hot(input_ids, self.head.in_features)
@@ -259,15 +273,19 @@ def test_the_fixed_point_is_the_power_of_the_base_on_the_allowed_tokens_whatever
     policy = torch.where(base < -4, torch.tensor([0, 0, 0, -4.0, -6.0, -4.5]), policy)
     answers = [((1,), (v,)) for v in range(3)]
     plain = TokenBatch.collate(answers, PAD)
-    found = guarded_responses(Bigram(policy), plain, min_p=0.05, tokens_per_microbatch=100)
+    found = guarded_responses(
+        Bigram(policy), plain, min_p=0.05, tokens_per_microbatch=100, logit_chunk_mb=1.0
+    )
     assert [sets_of(g.allowed) for g in found] == [[{0, 1, 2}]] * 3
     batch = replace(plain, allowed=tuple(g.allowed for g in found))
 
     def gradient(tokens: TokenBatch) -> Tensor:
         lm = Bigram(policy)
-        log_pf = response_scores(lm, tokens, tokens_per_microbatch=100).log_prob
+        log_pf = response_scores(lm, tokens, tokens_per_microbatch=100, logit_chunk_mb=1.0).log_prob
         with torch.no_grad():
-            log_p_base = response_scores(Bigram(base), tokens, tokens_per_microbatch=100).log_prob
+            log_p_base = response_scores(
+                Bigram(base), tokens, tokens_per_microbatch=100, logit_chunk_mb=1.0
+            ).log_prob
         zeros = torch.zeros(3)
         inputs = LossInputs(log_pf=log_pf, log_p_base=log_p_base, log_p_old=log_pf.detach(),
                             mask=tokens.mask, log_z=zeros, format_penalty=zeros,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,9 @@ from powerflow_lit.models.embedded import NAMES, folder_of
 from powerflow_lit.models.loading import ModelError, load_model, load_tokenizer, policy_weights
 from powerflow_lit.models.logprobs import microbatches, prompt_states, response_scores
 from powerflow_lit.models.prompting import encode_prompts, render
+from powerflow_lit.rollout.vllm_engine import as_in_files, tied_names
 from powerflow_lit.types import Prompt, TokenBatch
+from tests.tiny_models import KINDS, Kind, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,9 @@ def test_log_probs_are_those_of_single_unpadded_passes(
     batch = ragged_batch(tiny.config.vocab_size)
     with torch.no_grad():
         expected = row_by_row(tiny, batch)
-        scores = response_scores(tiny, batch, tokens_per_microbatch=tokens_per_microbatch)
+        scores = response_scores(
+            tiny, batch, tokens_per_microbatch=tokens_per_microbatch, logit_chunk_mb=1.0
+        )
     assert scores.log_prob.shape == batch.mask.shape
     for row, want in zip(scores.log_prob, expected, strict=True):
         torch.testing.assert_close(row[: len(want)].double(), want, rtol=1e-5, atol=2e-5)
@@ -73,8 +78,12 @@ def test_the_content_of_padding_is_irrelevant(tiny: PreTrainedModel) -> None:
     other[position >= batch.lengths[:, None]] = 7
     changed = TokenBatch(other, batch.prompt_lengths, batch.response_lengths)
     with torch.no_grad():
-        one = response_scores(tiny, batch, tokens_per_microbatch=10_000).log_prob
-        two = response_scores(tiny, changed, tokens_per_microbatch=10_000).log_prob
+        one = response_scores(
+            tiny, batch, tokens_per_microbatch=10_000, logit_chunk_mb=1.0
+        ).log_prob
+        two = response_scores(
+            tiny, changed, tokens_per_microbatch=10_000, logit_chunk_mb=1.0
+        ).log_prob
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
@@ -85,7 +94,7 @@ def test_splitting_into_microbatches_changes_no_gradient(tiny: PreTrainedModel) 
     def gradient(tokens: int) -> Tensor:
         tiny.zero_grad()
         tiny.requires_grad_(True)
-        scores = response_scores(tiny, batch, tokens_per_microbatch=tokens)
+        scores = response_scores(tiny, batch, tokens_per_microbatch=tokens, logit_chunk_mb=1.0)
         total = scores.log_prob.sum(1)
         ((total - total.mean()) ** 2).mean().backward()
         found = torch.cat([p.grad.flatten() for p in tiny.parameters() if p.grad is not None])
@@ -109,7 +118,9 @@ def test_prompt_states_of_a_full_pass_are_those_of_the_prompt_alone(tiny: PreTra
     batch = ragged_batch(tiny.config.vocab_size)
     with torch.no_grad():
         for pool in ("mean", "last"):
-            full = response_scores(tiny, batch, tokens_per_microbatch=10_000, pool=pool)
+            full = response_scores(
+                tiny, batch, tokens_per_microbatch=10_000, logit_chunk_mb=1.0, pool=pool
+            )
             alone = prompt_states(tiny, batch, pool)
             assert full.prompt_state is not None
             torch.testing.assert_close(full.prompt_state, alone, rtol=1e-4, atol=1e-5)
@@ -178,3 +189,29 @@ def test_a_tied_output_layer_is_among_the_weights_of_an_engine() -> None:
     model = Qwen2ForCausalLM(config)
     weights = policy_weights(model)
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vllm_is_sent_what_stands_in_the_files(kind: Kind, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, kind)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sent = as_in_files(model, policy_weights(model))
+    in_file = load_file(folder / "model.safetensors")
+    again = tied_names(model)
+    assert again == ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    assert sent.keys() == in_file.keys() | again
+    for name, tensor in in_file.items():
+        assert torch.equal(sent[name], tensor), name
+
+
+def test_the_tokenizer_of_the_tiny_models_reads_any_text(tmp_path: Path) -> None:
+    for kind in ("qwen2", "llama", "gpt_neox", "gemma"):
+        tokenizer = load_tokenizer(
+            str(make_tiny_model(tmp_path / kind, kind)), trust_remote_code=False
+        )
+        for text in ("\\boxed{7}\n  two  spaces", "naïve 漢字 🙂", "<|user|>"):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert len(tokenizer) < 400
+        chat = render(tokenizer, "Why?", "chat")
+        assert chat == "<|user|>Why?<|end|><|assistant|>"
+        assert len(tokenizer(chat, add_special_tokens=False)["input_ids"]) == 4 + 3

@@ -58,6 +58,7 @@ def module(
         "grad_clip": 1.0,
         "log_z_grad_clip": 1.0,
         "tokens_per_microbatch": tokens,
+        "logit_chunk_mb": 1.0,
     }
     return PowerFlowModule(**{**settings, **changes})
 

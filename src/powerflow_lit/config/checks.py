@@ -84,6 +84,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, value in at_least_one.items():
         _require(value >= 1, f"{name}={value}: must be 1 or more")
 
+    chunk = config.logit_chunk_mb
+    _require(chunk > 0, f"logit_chunk_mb={chunk}: must be positive, in MB")
     staleness = config.buffer.max_staleness
     _require(staleness >= 0, f"buffer.max_staleness={staleness}: must be 0 or more")
     betas = config.optimizer.betas

@@ -10,9 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # what may differ between a run and its continuation
-NOT_IDENTITY = ("run_dir", "resume", "study", "logger", "callbacks")
+NOT_IDENTITY = ("run_dir", "resume", "study", "logger", "callbacks", "logit_chunk_mb")
 # a sweep's job is also known by how it is evaluated
-NOT_JOB_IDENTITY = ("run_dir", "resume", "study", "logger", "hydra", "tokens_per_microbatch")
+NOT_JOB_IDENTITY = (
+    "run_dir", "resume", "study", "logger", "hydra", "tokens_per_microbatch", "logit_chunk_mb",
+)  # fmt: skip
 # neither does any of these change a result beyond rounding
 NOT_JOB_IDENTITY_BELOW = {
     "model": ("threads",),

@@ -167,6 +167,7 @@ class TrainConfig:
     epsilon: float = MISSING
     seed: int = MISSING
     tokens_per_microbatch: int = MISSING
+    logit_chunk_mb: float = MISSING
     refills: int = MISSING
     study: str = MISSING
     resume: str | None = MISSING
@@ -185,6 +186,7 @@ class EvaluateConfig:
     samples_per_prompt: int = MISSING
     seed: int = MISSING
     tokens_per_microbatch: int = MISSING
+    logit_chunk_mb: float = MISSING
     output: str = MISSING
 
 

@@ -55,7 +55,7 @@ def load_model(
     """Causal language model in `dtype`, in evaluation mode (no dropout, in training either).
 
     Raises:
-        ModelError: nothing loadable at `path`.
+        ModelError: nothing loadable at `path`, or `attn_implementation` would change its results.
     """
     hf_logging.disable_progress_bar()
     try:
@@ -70,6 +70,12 @@ def load_model(
             f"model.path={path} cannot be loaded: {_first_line(error)} "
             "(give a hub id with network access, or a local folder in the hub's format)"
         ) from error
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped and attn_implementation == "sdpa":
+        raise ModelError(
+            f"{path} bounds its attention scores (attn_logit_softcapping={capped:g}), which sdpa "
+            "leaves out: set model.attn_implementation=eager"
+        )
     return model.eval()
 
 

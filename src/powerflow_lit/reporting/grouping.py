@@ -25,6 +25,7 @@ ALWAYS = ("strategy.name", "alpha")
 # these change neither what is learned nor what is measured
 IGNORED = (
     "seed", "run_dir", "resume", "logger", "tokens_per_microbatch", "model.threads",
+    "logit_chunk_mb",
     "callbacks.checkpoint", "callbacks.samples", "callbacks.console", "callbacks.export",
 )  # fmt: skip
 SHORTHAND = {"strategy": "strategy.name", "task": "task.name", "model": "model.name"}

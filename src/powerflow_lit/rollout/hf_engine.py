@@ -21,6 +21,7 @@ class HfEngine:
         spec: the policy, whose architecture is copied; `sync` brings the weights.
         sequences_per_batch: responses decoded at once.
         tokens_per_microbatch: budget of the scoring pass that yields the log-probs.
+        logit_chunk_mb: float32 logits held at once in that pass, MB.
     """
 
     name = "hf"
@@ -31,11 +32,13 @@ class HfEngine:
         *,
         sequences_per_batch: int,
         tokens_per_microbatch: int,
+        logit_chunk_mb: float,
     ) -> None:
         self._model = copy.deepcopy(spec.policy).eval().requires_grad_(False)
         self._pad_id, self._eos_id = spec.pad_id, spec.eos_id
         self._sequences_per_batch = sequences_per_batch
         self._tokens_per_microbatch = tokens_per_microbatch
+        self._logit_chunk_mb = logit_chunk_mb
         self.policy_version = -1
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
@@ -71,7 +74,10 @@ class HfEngine:
         batch = TokenBatch.collate(rows, self._pad_id).to(self._model.device)
         with torch.no_grad():
             scores = response_scores(
-                self._model, batch, tokens_per_microbatch=self._tokens_per_microbatch
+                self._model,
+                batch,
+                tokens_per_microbatch=self._tokens_per_microbatch,
+                logit_chunk_mb=self._logit_chunk_mb,
             )
         return [
             row[: len(response)].tolist()

@@ -6,11 +6,14 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
@@ -47,6 +50,56 @@ def trainer_state_kept() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def classes_kept(policy: nn.Module, engine_model: Callable[[Callable], Any]) -> Iterator[None]:
+    """Undo what building an engine does to the classes of the policy's modules.
+
+    Of an architecture without code of its own (GPT-NeoX), vLLM runs the class of `transformers`
+    and rewrites it in place for compilation: models of the trainer would fail in their next
+    forward pass. The rewriting moves to a subclass, which only the engine's model has.
+
+    Args:
+        engine_model: `engine_model(f)` calls `f` with the model that was built.
+    """
+    before = {cls: (cls.__bases__, dict(vars(cls))) for cls in {type(m) for m in policy.modules()}}
+    try:
+        yield
+    finally:
+        for cls, (bases, names) in before.items():
+            changed = {k: v for k, v in vars(cls).items() if names.get(k) is not v}
+            if not changed:
+                continue
+            added = [base for base in cls.__bases__ if base not in bases]
+            rewritten = type(cls.__name__, (cls, *added), changed)
+            engine_model(partial(_move_to_subclass, cls, rewritten))
+            cls.__bases__ = bases
+            for name in changed:
+                if name in names:
+                    setattr(cls, name, names[name])
+                else:
+                    delattr(cls, name)
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names under which the state dict holds a parameter for a second time."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def as_in_files(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of the hub's files, which are those that vLLM reads.
+
+    In memory `transformers` has other names for some, and one tensor for a mixture's experts.
+    """
+    return dict(revert_weight_conversion(model, dict(weights)))
+
+
+def _move_to_subclass(cls: type, subclass: type, model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is cls:
+            module.__class__ = subclass
 
 
 class VllmEngine:
@@ -116,21 +169,32 @@ class VllmEngine:
                     "`make install`, or `pip install .[vllm]` on a CUDA machine, or set rollout=hf"
                 ) from error
             self._vllm: Any = vllm
+            self._llm: Any = None
             try:
-                self._llm: Any = vllm.LLM(**arguments)
+                with classes_kept(spec.policy, self._apply):
+                    self._llm = vllm.LLM(**arguments)
             except (ValueError, TypeError, RuntimeError, OSError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise EngineError(f"vLLM refuses {spec.model_path}: {reason}") from error
         self.policy_version = -1
         self._weight_names = set(policy_weights(spec.policy))
-        self._eos_id = spec.eos_id
+        try:
+            self._unsent = self._unknown_names(spec.policy)
+        except EngineError:
+            self.close()
+            raise
+        self._policy, self._eos_id = spec.policy, spec.eos_id
         self._requests = 0
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         check_weights(weights, self._weight_names)
         with trainer_state_kept():
-            iterator = iter([(name, tensor.detach()) for name, tensor in weights.items()])
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+            sent = {name: t.detach() for name, t in weights.items() if name not in self._unsent}
+            iterator = iter(as_in_files(self._policy, sent).items())
+            try:
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+            except ValueError as error:
+                raise EngineError(f"vLLM refuses the policy's weights: {error}") from error
             self._llm.reset_prefix_cache()  # its keys and values are the old weights'
         self.policy_version = policy_version
 
@@ -180,6 +244,39 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+
+    def _unknown_names(self, policy: PreTrainedModel) -> set[str]:
+        """Names of the policy's weights that the engine's model has no place for.
+
+        Raises:
+            EngineError: some of the policy's weights would be lost in the engine.
+        """
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead as Head
+
+        (has_bias,) = self._llm.apply_model(
+            lambda m: [x.bias is not None for x in m.modules() if isinstance(x, Head)]
+        )
+        if not has_bias:  # Gemma 2 knows the input embeddings alone
+            return tied_names(policy)
+        if getattr(policy.get_output_embeddings(), "bias", None) is not None and not any(has_bias):
+            raise EngineError(
+                f"vLLM loses the output layer's bias of {type(policy).__name__} when weights are "
+                "replaced: set rollout=hf"
+            )
+        (experts,) = self._llm.apply_model(
+            lambda m: any(type(x).__name__ == "RoutedExperts" for x in m.modules())
+        )
+        if experts and not torch.cuda.is_available():
+            raise EngineError(
+                f"vLLM on the CPU muddles the experts of {type(policy).__name__} when weights are "
+                "replaced: set rollout=hf, or use a GPU"
+            )
+        return set()
+
+    def _apply(self, function: Callable[[nn.Module], None]) -> None:
+        """Call the function with the engine's model, if one was built."""
+        if self._llm is not None:
+            self._llm.apply_model(function)
 
     @property
     def _engine(self) -> Any:
