@@ -129,7 +129,7 @@ class VllmEngine:
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         check_weights(weights, self._weight_names)
         with trainer_state_kept():
-            iterator = iter([(name, tensor.detach()) for name, tensor in weights.items()])
+            iterator = ((name, tensor.detach()) for name, tensor in weights.items())
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
             self._llm.reset_prefix_cache()  # its keys and values are the old weights'
         self.policy_version = policy_version
