@@ -182,16 +182,16 @@ def _update(model: Architecture, work: Workload, tokens: int) -> list[Item]:
 def activation_bytes(model: Architecture, work: Workload, tokens: int) -> int:
     """Bytes that autograd keeps of one forward pass over `tokens` padded tokens.
 
-    A token keeps in each layer, in numbers: two norms of 3 h (input and normalised input, both
-    float32, and output), queries, the attention's output twice, keys and values (3 a + 2 k), and
+    A token keeps in each layer, in numbers: two norms of 3 h (input, in float32 always, normalised
+    input and output), queries, the attention's output twice, keys and values (3 a + 2 k), and
     four of the feed-forward's width f (gate, its activation, up, and their product):
     layers * (6 h + 3 a + 2 k + 4 f). Attention is fused and keeps no matrix of scores. With
     checkpointing h a layer is kept, and all of one layer while that is computed again.
     """
     size = 2 if work.autocast else BYTES[work.dtype]
-    wide = 4 * model.hidden * 4
-    other = 2 * model.hidden + 3 * model.attention + 2 * model.key_value + 4 * model.feed_forward
-    layer = wide + other * size
+    norms = model.hidden * (20 if work.autocast else 8 + 4 * size)
+    others = 3 * model.attention + 2 * model.key_value + 4 * model.feed_forward
+    layer = norms + others * size
     stream = model.hidden * (4 if work.autocast else size)
     ends = 3 * stream  # embedding, last norm and its output
     if work.gradient_checkpointing:
@@ -253,13 +253,17 @@ def remedies(
         half = {"dtype": "bfloat16", "base_dtype": work.base_dtype and "bfloat16"}
         changes.append(("model.dtype=bfloat16", half))
 
+    models = {
+        lora: architecture(config, lora, trust_remote_code=trust_remote_code)
+        for lora in {work.lora, work.lora or adapter}
+    }
+
     def cost(change: dict[str, Any]) -> int:
         changed = replace(work, **change)
         engine = changed.engine
         if engine.name == "hf":
             changed = replace(changed, engine=replace(engine, dtype=changed.dtype))
-        model = architecture(config, changed.lora, trust_remote_code=trust_remote_code)
-        return needed(estimate(model, changed), changed, device_bytes)
+        return needed(estimate(models[changed.lora], changed), changed, device_bytes)
 
     found = sorted(((name, cost(change)) for name, change in changes), key=lambda x: x[1])
     if len(changes) > 1:
