@@ -17,13 +17,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from powerflow_lit.callbacks import Checkpoint, Evaluation, Samples, SelfCheck, StepMetrics
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import as_dict
-from powerflow_lit.config.schema import ModelConfig, TrainConfig
+from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
 from powerflow_lit.evaluation import Decoding, EvaluationSettings
 from powerflow_lit.interrupt import StopOnInterrupt
-from powerflow_lit.models.loading import load_model, load_tokenizer, resolve_path
+from powerflow_lit.models.base import frozen_base
+from powerflow_lit.models.checkpointing import checkpoint_layers
+from powerflow_lit.models.loading import load_model, load_tokenizer, local_folder
 from powerflow_lit.models.logprobs import check_output_layer
+from powerflow_lit.models.lora import LoraSettings, add_lora
+from powerflow_lit.models.prompting import route_line
 from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.monitor import Monitor, Rule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
@@ -36,15 +40,39 @@ def build_model(config: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
     """Policy and tokenizer; also sets the number of CPU threads that suits the model."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
+    source: Any = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    tokenizer = load_tokenizer(config.path, **source)
     model = load_model(
         config.path,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
+        **source,
     )
     check_output_layer(model)
     return model, tokenizer
+
+
+def build_policy(config: TrainConfig) -> tuple[PreTrainedModel, Tokenizer]:
+    """What will be trained: the model, with an adapter and checkpointed layers if asked for."""
+    policy, tokenizer = build_model(config.model)
+    if config.finetune.kind == "lora":
+        add_lora(policy, lora_settings(config.finetune))
+    if config.model.gradient_checkpointing:
+        checkpoint_layers(policy)
+    print(route_line(tokenizer, config.model.prompt_route))  # type: ignore[arg-type]
+    return policy, tokenizer
+
+
+def lora_settings(tuned: FinetuneConfig) -> LoraSettings:
+    """The adapter of `finetune=lora`, from values that the checks have passed."""
+    targets = tuned.target_modules
+    assert tuned.rank is not None
+    assert tuned.lora_alpha is not None
+    return LoraSettings(
+        rank=tuned.rank,
+        lora_alpha=tuned.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+    )
 
 
 def build_engine(
@@ -59,7 +87,7 @@ def build_engine(
     """The engine of a `rollout=` choice, still without weights."""
     spec = EngineSpec(
         policy=policy,
-        model_path=resolve_path(model.path),
+        model_path=local_folder(model.path, revision=model.revision),
         pad_id=int(tokenizer.pad_token_id),
         eos_id=int(tokenizer.eos_token_id),
         max_model_len=max_model_len,
@@ -92,6 +120,7 @@ def build_module(
         log_z_grad_clip=optimizer.log_z_grad_clip,
         tokens_per_microbatch=config.tokens_per_microbatch,
         logit_chunk_mb=config.logit_chunk_mb,
+        base=frozen_base(policy, getattr(torch, config.model.base_dtype)),
     )
 
 

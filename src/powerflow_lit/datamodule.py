@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.metrics import text
 from powerflow_lit.models.guard import removed_mass
-from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
+from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
@@ -62,7 +62,7 @@ class RolloutDataModule(L.LightningDataModule):
     Args:
         task: prompts and format check; its references are read by the accuracy probe only.
         engine_factory: builds the engine, once Lightning has set up the devices.
-        prompt_route: `plain` text or `chat` template.
+        prompt_route: `plain` text, `chat` template, or `auto`, which takes what there is.
         seed: of the prompt order and of sampling; refill r depends on (seed, r) alone.
         clock: where the seconds of rollout, scoring and sync are added up.
     """
@@ -89,7 +89,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.on_progress: Progress | None = None
         self._engine_factory = engine_factory
         self._engine: RolloutEngine | None = None
-        self._prompts, self._prompt_ids = self._usable_prompts(
+        self.train_prompts, self._prompt_ids = self._usable_prompts(
             "training", task.train_prompts(), settings.prompts_per_refill
         )
         self.eval_prompts, _ = self._usable_prompts("evaluation", task.eval_prompts(), 1)
@@ -212,14 +212,14 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _prompts_of(self, refill: int) -> list[Prompt]:
         """The prompts of a refill: shuffled passes over the set, a function of (seed, refill)."""
-        count, size = self.settings.prompts_per_refill, len(self._prompts)
+        count, size = self.settings.prompts_per_refill, len(self.train_prompts)
         chosen: list[Prompt] = []
         orders: dict[int, list[int]] = {}
         for position in range(refill * count, (refill + 1) * count):
             lap, place = divmod(position, size)
             if lap not in orders:  # one shuffle a lap: real sets have 10^5 prompts and more
                 orders[lap] = random.Random(f"{self.seed}-lap-{lap}").sample(range(size), size)
-            chosen.append(self._prompts[orders[lap][place]])
+            chosen.append(self.train_prompts[orders[lap][place]])
         return chosen
 
     # --- trajectories ---------------------------------------------------------------------------
@@ -259,7 +259,8 @@ class RolloutDataModule(L.LightningDataModule):
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         if self.settings.guard_min_p > 0:
             return self._scored_under_guard(trajectories, rows)
-        log_p_base = self._log_probs(self._module.base, rows, "score")
+        with self._module.frozen.model() as base:
+            log_p_base = self._log_probs(base, rows, "score")
         few = rows[: self.settings.logp_gap_trajectories]
         gap = self._gap(self._log_probs(self._module.policy, few), trajectories)
         mean_length = mean([t.length for t in trajectories])
@@ -286,7 +287,8 @@ class RolloutDataModule(L.LightningDataModule):
         few = guarded[: self.settings.logp_gap_trajectories]
         gap = self._gap([g.log_prob_full for g in few], trajectories)
         allowed = [g.allowed for g in guarded]
-        log_p_base = self._log_probs(self._module.base, rows, "score", allowed)
+        with self._module.frozen.model() as base:
+            log_p_base = self._log_probs(base, rows, "score", allowed)
         # the pass that finds the allowed tokens also yields the trainer's log-probs
         use_engine = self.settings.log_p_old == "engine"
         scored = [

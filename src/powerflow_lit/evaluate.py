@@ -26,9 +26,9 @@ from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.console import metrics_table, quiet, wide_console
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, val_metrics
-from powerflow_lit.models.loading import policy_weights
+from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import encode_prompts
-from powerflow_lit.resume import checkpoint_of, policy_state
+from powerflow_lit.resume import checkpoint_of, load_policy
 from powerflow_lit.run_folder import append_problems, git_commit, versions
 
 
@@ -36,7 +36,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Metrics by decoding, also written to `evaluation.json` in the output folder."""
     model, tokenizer = build_model(config.model)
     if config.run is not None and not (Path(config.run) / "export").is_dir():
-        model.load_state_dict(policy_state(Path(config.run)))
+        model = load_policy(model, Path(config.run))
     task = instantiate(config.task.build)
     prompts = task.eval_prompts()
     ids = encode_prompts(tokenizer, prompts, config.model.prompt_route)  # type: ignore[arg-type]

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 
 from powerflow_lit.log_z import LogZ, LogZContext
-from powerflow_lit.models.loading import frozen_copy
+from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
+from powerflow_lit.models.checkpointing import without_dropout
+from powerflow_lit.models.errors import ModelError
 from powerflow_lit.models.logprobs import Scores, prompt_states, response_scores
+from powerflow_lit.models.lora import is_lora, trained_names
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
 from powerflow_lit.types import TrajectoryBatch
 
@@ -27,7 +30,7 @@ class PowerFlowModule(L.LightningModule):
     """Trains a policy towards the alpha-power of its own frozen base.
 
     Args:
-        policy: causal language model to train; the base is a frozen copy of it as it is now.
+        policy: causal language model to train, all of it or the adapter that it carries.
         objective: `(LossInputs, *, alpha, **calibration) -> LossOutput`, see `objectives`. One with
             `uses_log_z` also offers `mismatch` and `weight`, from which closed forms take log Z.
         log_z: where log Z comes from; unused where the objective has none.
@@ -40,6 +43,7 @@ class PowerFlowModule(L.LightningModule):
         grad_clip, log_z_grad_clip: largest gradient norm of either.
         tokens_per_microbatch: padded tokens of one forward pass; never changes a gradient.
         logit_chunk_mb: float32 logits held at once, MB; never changes one either.
+        base: p_base; None takes the policy as it is now (a copy, or its adapter switched off).
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class PowerFlowModule(L.LightningModule):
         log_z_grad_clip: float,
         tokens_per_microbatch: int,
         logit_chunk_mb: float,
+        base: FrozenBase | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
         # in a tuple, so that it is neither a submodule, nor a parameter, nor in any checkpoint
-        self._frozen = (frozen_copy(policy),)
+        self._frozen = (base or frozen_base(policy, None),)
+        self.strict_loading = not is_lora(policy)  # an adapter's checkpoint has no frozen weights
         self.uses_log_z = bool(getattr(objective, "uses_log_z", False))
         self.log_z = log_z if self.uses_log_z else LogZ()
         self.log_z.build(policy.config.get_text_config().hidden_size)
@@ -86,9 +92,15 @@ class PowerFlowModule(L.LightningModule):
         self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
 
     @property
-    def base(self) -> PreTrainedModel:
-        """The frozen base, p_base."""
+    def frozen(self) -> FrozenBase:
+        """The frozen base, p_base: `with module.frozen.model() as base: ...`."""
         return self._frozen[0]
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base's own copy; a policy with an adapter has none, see `frozen`."""
+        assert isinstance(self.frozen, CopiedBase), "no copy: the base is the policy, adapter off"
+        return self.frozen.copy
 
     @property
     def alpha(self) -> float:
@@ -145,8 +157,8 @@ class PowerFlowModule(L.LightningModule):
         state = scores.prompt_state
         if self.log_z.source == "base":
             assert self.log_z.pool is not None
-            with torch.no_grad():
-                state = prompt_states(self.base, batch.tokens, self.log_z.pool)
+            with torch.no_grad(), self.frozen.model() as base:
+                state = prompt_states(base, batch.tokens, self.log_z.pool)
         return self.log_z(
             LogZContext(mismatch, weight, inputs.prompt_index, batch.prompt_id, state)
         )
@@ -192,7 +204,8 @@ class PowerFlowModule(L.LightningModule):
     # --- optimisation ---------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        policy, head = list(self.policy.parameters()), list(self.log_z.parameters())
+        policy = [p for p in self.policy.parameters() if p.requires_grad]
+        head = list(self.log_z.parameters())
         groups = [{"params": policy, "lr": self.lr, "weight_decay": self.weight_decay}]
         if head:
             groups.append({"params": head, "lr": self.log_z_lr, "weight_decay": 0.0})
@@ -228,7 +241,7 @@ class PowerFlowModule(L.LightningModule):
     # --- state ----------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        nn.Module.to(self.base, self.device)
+        self.frozen.to(self.device)
 
     def transfer_batch_to_device(
         self, batch: TrajectoryBatch, device: torch.device, dataloader_idx: int
@@ -236,9 +249,12 @@ class PowerFlowModule(L.LightningModule):
         return batch.to(device)
 
     def on_train_epoch_start(self) -> None:
-        self.policy.eval()  # no dropout: log-probs must be those of the sampled policy
+        without_dropout(self.policy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept, weights = self._checkpoint_names(), checkpoint.get("state_dict", {})
+        for name in weights.keys() - kept:
+            del weights[name]
         checkpoint["powerflow"] = {
             "calibration": dict(self.calibration),
             "skipped_steps": self.skipped_steps,
@@ -247,11 +263,22 @@ class PowerFlowModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # an adapter's checkpoint is loaded without Lightning's own check of the names
+        weights = checkpoint.get("state_dict")
+        if weights is not None and (differ := weights.keys() ^ self._checkpoint_names()):
+            raise ModelError(
+                f"the checkpoint is not of this model and finetune=: {min(differ)} is only in one"
+            )
         state = checkpoint["powerflow"]
         self.calibration = dict(state["calibration"])
         self.skipped_steps = state["skipped_steps"]
         self.alpha_pull = state.get("alpha_pull", 1.0)
         self._random_state_to_restore = state["random_state"]
+
+    def _checkpoint_names(self) -> set[str]:
+        """What a checkpoint holds: all that is trained; frozen weights come from the model."""
+        trained = {f"policy.{name}" for name in trained_names(self.policy)}
+        return {n for n in self.state_dict() if not n.startswith("policy.") or n in trained}
 
     def on_train_start(self) -> None:
         state = getattr(self, "_random_state_to_restore", None)

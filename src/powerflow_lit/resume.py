@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import PreTrainedModel
 
+from powerflow_lit.assembly import lora_settings
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
-from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
+from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.run_folder import read_summary
 from powerflow_lit.sweep import ENDED
 
@@ -33,12 +36,21 @@ def checkpoint_of(run_dir: Path) -> ResumePoint | None:
     return ResumePoint(path, (state["global_step"], state["epoch"] + 1))
 
 
-def policy_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The policy's weights in a run's last checkpoint, for a run that has not exported yet."""
+def load_policy(model: PreTrainedModel, run_dir: Path) -> PreTrainedModel:
+    """A run's policy from its last checkpoint, for a run that has not exported yet.
+
+    `model` is what the run started from; an adapter is merged into it.
+    """
     path = run_dir / "checkpoints" / "last.ckpt"
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = "policy."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    weights = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+    tuned = yaml.safe_load((run_dir / "config.yaml").read_text()).get("finetune", {})
+    if tuned.get("kind") != "lora":
+        model.load_state_dict(weights)
+        return model
+    add_lora(model, lora_settings(FinetuneConfig(**tuned)))
+    model.load_state_dict(weights, strict=False)
+    return plain_copy(model)
 
 
 def expand_resume(arguments: Sequence[str]) -> list[str]:

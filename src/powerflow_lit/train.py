@@ -24,8 +24,8 @@ from powerflow_lit import run_folder
 from powerflow_lit.assembly import (
     build_callbacks,
     build_datamodule,
-    build_model,
     build_module,
+    build_policy,
     build_wandb,
     wandb_mode,
 )
@@ -38,8 +38,11 @@ from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.console import final_table, phase_line, quiet, wide_console
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.errors import USER_ERRORS, root_cause
+from powerflow_lit.export import data_notes, export, model_card, push
+from powerflow_lit.memory_check import check_memory
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
+from powerflow_lit.precision import with_half_precision
 from powerflow_lit.resume import checkpoint_of, expand_resume, find_unfinished
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 
@@ -63,7 +66,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
     task.train_prompts(), task.eval_prompts()
     print(*task.notes, sep="\n", end="\n" if task.notes else "")
-    policy, tokenizer = build_model(config.model)
+    policy, tokenizer = build_policy(config)
     module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock)
@@ -74,7 +77,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     if config.logger.name == "wandb":
         loggers.append(build_wandb(config, run_dir))
     trainer: L.Trainer = instantiate(
-        config.trainer,
+        with_half_precision(config.trainer),
         max_epochs=config.refills,
         callbacks=callbacks,
         logger=loggers,
@@ -87,14 +90,18 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-    status, stopped_by = "failed", None
+    status, stopped_by, pushed = "failed", None, None
     try:
         path = str(checkpoint.path) if checkpoint else None
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
-        if config.callbacks.export and stopped_by is None:
-            run_folder.export(policy, tokenizer, run_dir)
         status = "finished" if stopped_by is None else "diverged"
+        if config.callbacks.export and stopped_by is None:
+            summary = _summary(config, status, module, data, evaluation, clock)
+            card = model_card(as_dict(config), summary, data_notes(data))
+            dtype = config.callbacks.export_dtype
+            export(policy, tokenizer, run_dir, dtype=dtype, card=card)
+            pushed = _push(config, run_dir)
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
@@ -106,10 +113,28 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         summary = _summary(config, status, module, data, evaluation, clock)
         if stopped_by is not None:
             summary["stopped_by"] = stopped_by
+        if pushed is not None:
+            summary["push_to_hub"] = pushed
         run_folder.write_summary(run_dir, summary)
         if config.logger.name == "wandb":
             _finish_wandb(loggers[-1], summary)
     return summary
+
+
+def _push(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+    """Upload the export where that is asked for; what summary.json says of it."""
+    repo = config.callbacks.push_to_hub
+    if repo is None:
+        return None
+    print(f"pushing {run_dir / 'export'} to {repo}")
+    failure = push(run_dir / "export", repo, private=config.callbacks.push_private)
+    if failure is not None:
+        print(
+            f"warning: not pushed to {repo}: {failure} "
+            f"(later: hf upload {repo} {run_dir / 'export'})",
+            file=sys.stderr,
+        )
+    return {"repo": repo, "error": failure}
 
 
 def _summary(
@@ -124,6 +149,7 @@ def _summary(
         "status": status,
         "task": config.task.name,
         "model": config.model.name,
+        "finetune": config.finetune.kind,
         "strategy": config.strategy.name,
         "alpha": config.alpha,
         "epsilon": config.epsilon,
@@ -229,7 +255,11 @@ def _announced_run(config: TrainConfig, overrides: Sequence[str]) -> dict[str, A
     """The run, with what a person wants to know before and after it."""
     run_dir = Path(config.run_dir)
     quiet()
+    if config.model.estimate_only:
+        check_memory(config)
+        return {}
     announce(config, run_dir)
+    check_memory(config)
     summary = run(config, run_dir, overrides)
     wide_console().print(
         final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from powerflow_lit.models.loading import load_model, load_tokenizer, policy_weights
+from powerflow_lit.models.loading import load_model, load_tokenizer
 from powerflow_lit.models.logprobs import check_output_layer, response_scores
+from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import encode_prompts
 from powerflow_lit.rollout import EngineError, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec

@@ -13,7 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from powerflow_lit.models.embedded import folder_of
-from powerflow_lit.models.loading import load_model, policy_weights
+from powerflow_lit.models.loading import load_model
+from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.rollout import EngineError, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.rollout.hf_engine import HfEngine

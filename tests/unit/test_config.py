@@ -56,7 +56,7 @@ def test_every_task_composes_with_every_strategy_and_builds_its_objective(
     [
         (group, choice)
         for group in ("log_z", "rollout", "alpha_schedule", "trainer", "callbacks", "logger",
-                      "optimizer", "debug", "guard", "monitor", "experiment", "sweep")
+                      "optimizer", "finetune", "debug", "guard", "monitor", "experiment", "sweep")
         for choice in choices(group)
         if choice not in NEEDS_A_PLUGIN
     ],
@@ -152,6 +152,16 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("model.dtype=float64",), "model.dtype=float64"),
         (("buffer.log_p_old=both",), "auto, engine, trainer"),
         (("model=hf",), "model.path"),
+        (("model.prompt_route=poem",), "prompt_route=poem: choose one of auto, plain, chat"),
+        (("model.base_dtype=int8",), "model.base_dtype=int8"),
+        (("finetune.rank=4",), "finetune.rank=4 needs finetune=lora"),
+        (("finetune=lora", "finetune.dropout=0.1"), "finetune.dropout=0.1: must be 0"),
+        (("finetune=lora", "finetune.rank=0"), "finetune.rank=0"),
+        (("finetune=lora", "finetune.lora_alpha=null"), "finetune.lora_alpha=null"),
+        (("finetune=lora", "model.base_dtype=bfloat16"), "the base is the policy itself"),
+        (("finetune.lr_factor=0",), "finetune.lr_factor=0.0: must be positive"),
+        (("model.lr=fast",), "model.lr.*fast"),
+        (("callbacks.export_dtype=int4",), "callbacks.export_dtype=int4"),
     ],
 )
 def test_bad_values_are_named(overrides: tuple[str, ...], message: str) -> None:
@@ -161,8 +171,8 @@ def test_bad_values_are_named(overrides: tuple[str, ...], message: str) -> None:
 
 def test_every_value_in_conf_is_explained() -> None:
     """A field carries a comment in one of its group's files, unless its name says all."""
-    groups = {"strategy", "optimizer", "rollout", "log_z", "guard", "monitor"}
-    plain = {"name", "_target_", "_partial_", "betas", "dtype"}
+    groups = {"strategy", "optimizer", "rollout", "log_z", "guard", "monitor", "finetune"}
+    plain = {"name", "kind", "_target_", "_partial_", "betas", "dtype"}
     for path in CONF.glob("**/*.yaml"):
         text = path.read_text()
         assert text.startswith("#"), f"{path.name} does not say what it is"

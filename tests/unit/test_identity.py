@@ -17,7 +17,8 @@ def key(*overrides: str) -> str:
 @pytest.mark.parametrize(
     "same",
     ["run_dir=elsewhere", "study=other", "logger=none", "alpha=4", "model.threads=2",
-     "callbacks.export=false", "tokens_per_microbatch=512"],
+     "callbacks.export=false", "callbacks.push_to_hub=a/b", "model.gradient_checkpointing=true",
+     "model.memory_check=false", "tokens_per_microbatch=512"],
 )  # fmt: skip
 def test_what_changes_no_result_leaves_the_job_the_same(same: str) -> None:
     assert key(same) == key("alpha=4.0")
@@ -26,6 +27,7 @@ def test_what_changes_no_result_leaves_the_job_the_same(same: str) -> None:
 @pytest.mark.parametrize(
     "other",
     ["alpha=2", "seed=1", "strategy=la_tb", "refills=3", "guard=min_p", "rollout=hf",
+     "finetune=lora",
      "callbacks.evaluation.samples_per_prompt=8", "strategy.format_penalty=0.0"],
 )  # fmt: skip
 def test_what_changes_a_result_makes_another_job(other: str) -> None:

@@ -33,6 +33,8 @@ FORBIDDEN = {
                       "rollout", "tasks", "metrics", "module", "datamodule", "log_z"},
     "monitor.py": {"hydra", "omegaconf", "config"},
     "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
+    "precision.py": {"hydra", "omegaconf", "config", "transformers", "vllm"},
+    "export.py": {"hydra", "omegaconf", "config", "lightning", "vllm"},
     "dashboard.py": {"torch", "models", "rollout", "module", "datamodule", "callbacks"},
     "wandb_login.py": {"torch", "lightning", "models", "config"},
     "report.py": {"torch", "models", "rollout", "module", "datamodule", "transformers",

@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from powerflow_lit.config.schema import TrainConfig
 
 Schema = TypeVar("Schema")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ConfigError(ValueError):
@@ -45,6 +46,7 @@ def train_config(cfg: DictConfig) -> TrainConfig:
     config = typed(cfg, TrainConfig)
     _check_ranges(config)
     _check_combinations(config)
+    _check_finetune(config)
     _check_monitor(config)
     return config
 
@@ -60,11 +62,14 @@ def _check_ranges(config: TrainConfig) -> None:
         f"guard.min_p={min_p}: must lie in [0, 1); 0 is no guard, guard=min_p takes 0.05",
     )
     _one_of("model.kind", config.model.kind, ("base", "instruct"))
-    _one_of("model.prompt_route", config.model.prompt_route, ("plain", "chat"))
-    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    _one_of("model.prompt_route", config.model.prompt_route, ("auto", "plain", "chat"))
+    _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("model.base_dtype", config.model.base_dtype, DTYPES)
+    if config.callbacks.export_dtype is not None:
+        _one_of("callbacks.export_dtype", config.callbacks.export_dtype, DTYPES)
     _one_of("buffer.log_p_old", config.buffer.log_p_old, ("auto", "engine", "trainer"))
     _one_of("logger.mode", config.logger.mode, ("auto", "online", "offline"))
-    _one_of("model.engine_dtype", config.model.engine_dtype, ("float32", "bfloat16", "float16"))
+    _one_of("model.engine_dtype", config.model.engine_dtype, DTYPES)
     psi = config.strategy.format_penalty
     _require(psi <= 0, f"strategy.format_penalty={psi}: a penalty is 0 or negative")
     at_least_one = {
@@ -117,6 +122,31 @@ def _check_combinations(config: TrainConfig) -> None:
         not needs_group or config.rollout.samples_per_prompt > 1,
         f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with a baseline from the "
         "prompt's group: needs 2 or more (or log_z=head)",
+    )
+
+
+def _check_finetune(config: TrainConfig) -> None:
+    tuned = config.finetune
+    _one_of("finetune", tuned.kind, ("full", "lora"))
+    _require(
+        tuned.dropout == 0,
+        f"finetune.dropout={tuned.dropout}: must be 0, since log-probs must be those of the "
+        "sampled policy",
+    )
+    _require(tuned.lr_factor > 0, f"finetune.lr_factor={tuned.lr_factor}: must be positive")
+    settings = {n: getattr(tuned, n) for n in ("rank", "lora_alpha", "target_modules")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if tuned.kind == "full":
+        for name, value in given.items():
+            raise ConfigError(f"finetune.{name}={value} needs finetune=lora")
+        return
+    for name in settings.keys() - given.keys():
+        raise ConfigError(f"finetune.{name}=null: finetune=lora needs it")
+    _require((tuned.rank or 0) >= 1, f"finetune.rank={tuned.rank}: must be 1 or more")
+    _require(
+        config.model.base_dtype == config.model.dtype,
+        f"model.base_dtype={config.model.base_dtype} with finetune=lora: the base is the policy "
+        f"itself, in model.dtype={config.model.dtype}",
     )
 
 

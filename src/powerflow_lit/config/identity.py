@@ -17,10 +17,11 @@ NOT_JOB_IDENTITY = (
 )  # fmt: skip
 # neither does any of these change a result beyond rounding
 NOT_JOB_IDENTITY_BELOW = {
-    "model": ("threads",),
+    "model": ("threads", "gradient_checkpointing", "memory_check", "estimate_only", "paper_name"),
     "rollout": ("logp_gap_limit", "logp_gap_trajectories"),
-    "callbacks": ("console", "export", "checkpoint", "samples"),
-}
+    "callbacks": ("console", "export", "export_dtype", "push_to_hub", "push_private",
+                  "checkpoint", "samples"),
+}  # fmt: skip
 
 
 def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_IDENTITY) -> str:
@@ -56,7 +57,14 @@ def short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
+def product(one: float, other: float) -> float:
+    """`${product:a,b}`; what is no number is refused by the checks, by the name of the result."""
+    both = isinstance(one, int | float) and isinstance(other, int | float)
+    return one * other if both else one if not isinstance(one, int | float) else other
+
+
 def register_resolvers() -> None:
-    """Make `${job_hash:}` and `${short:}` known to OmegaConf; safe to call again."""
+    """Make the resolvers of `conf/` known to OmegaConf; safe to call again."""
+    OmegaConf.register_new_resolver("product", product, replace=True)
     OmegaConf.register_new_resolver("job_hash", job_hash, replace=True)
     OmegaConf.register_new_resolver("short", short, replace=True)

@@ -12,15 +12,31 @@ from omegaconf import MISSING
 class ModelConfig:
     name: str = MISSING
     kind: str = MISSING
+    paper_name: str | None = MISSING
     path: str = MISSING
+    revision: str | None = MISSING
     prompt_route: str = MISSING
     dtype: str = MISSING
+    base_dtype: str = MISSING
     engine_dtype: str = MISSING
     attn_implementation: str = MISSING
+    gradient_checkpointing: bool = MISSING
     trust_remote_code: bool = MISSING
     threads: int | None = MISSING
+    memory_check: bool = MISSING
+    estimate_only: bool = MISSING
     lr: float = MISSING
     log_z_lr: float = MISSING
+
+
+@dataclass
+class FinetuneConfig:
+    kind: str = MISSING
+    lr_factor: float = MISSING
+    rank: int | None = MISSING
+    lora_alpha: float | None = MISSING
+    dropout: float = MISSING
+    target_modules: Any = MISSING  # a string or a list of strings
 
 
 @dataclass
@@ -116,6 +132,9 @@ class CallbacksConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     console: EveryConfig = field(default_factory=EveryConfig)
     export: bool = MISSING
+    export_dtype: str | None = MISSING
+    push_to_hub: str | None = MISSING
+    push_private: bool = MISSING
 
 
 @dataclass
@@ -151,6 +170,7 @@ class TrainConfig:
     """`conf/train.yaml` with its groups. Nodes with a `_target_` are checked when built."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     alpha_schedule: dict[str, Any] = MISSING

@@ -2,44 +2,90 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PretrainedConfig as PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
 from powerflow_lit.models.embedded import NAMES, folder_of
+from powerflow_lit.models.errors import ModelError as ModelError
+from powerflow_lit.models.hub import hub_folder
 
-
-class ModelError(RuntimeError):
-    """A model or tokenizer cannot be loaded or used; the message says what to change."""
+WEIGHTS = ("*.safetensors", "*.bin")
+CODE_REFUSED = ("custom code", "trust_remote_code")
 
 
 def resolve_path(path: str) -> str:
-    """The folder of an embedded model (`embedded:tiny`), or the folder or hub id as given."""
+    """The folder of an embedded model (`embedded:tiny`), or the folder or hub id as given.
+
+    Raises:
+        ModelError: no such folder, or one that is not in the hub's format.
+    """
     if path.startswith("embedded:"):
         try:
             return str(folder_of(path.removeprefix("embedded:")))
         except ValueError as error:
             raise ModelError(f"model.path={path}: {error}") from error
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+    folder = Path(path).expanduser()
+    if folder.exists():
+        _check_folder(path, folder)
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path={path}: no such folder (embedded: {', '.join(NAMES)})")
-    return str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    return path
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool) -> Tokenizer:
+def local_folder(path: str, *, revision: str | None = None, weights: bool = True) -> str:
+    """The folder that holds the model; a hub id is downloaded first, `weights` included or not.
+
+    Raises:
+        ModelError: see `resolve_path`; the hub cannot be reached or refuses.
+    """
+    resolved = resolve_path(path)
+    if Path(resolved).exists():
+        if revision is not None:
+            raise ModelError(
+                f"model.revision={revision}: {path} is a folder, only a hub id has revisions; "
+                "set model.revision=null"
+            )
+        return resolved
+    return hub_folder(path, revision=revision, weights=weights)
+
+
+def load_config(
+    path: str, *, trust_remote_code: bool, revision: str | None = None
+) -> PretrainedConfig:
+    """The architecture alone, without weights.
+
+    Raises:
+        ModelError: nothing loadable at `path`, or it needs code of its own.
+    """
+    folder = local_folder(path, revision=revision, weights=False)
+    try:
+        return AutoConfig.from_pretrained(  # type: ignore[return-value]
+            folder, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _refusal(path, error) from error
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool, revision: str | None = None) -> Tokenizer:
     """Tokenizer with a padding token.
 
     Raises:
         ModelError: no tokenizer there, or it has no end-of-sequence token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_path(path), trust_remote_code=trust_remote_code
+    folder = local_folder(path, revision=revision, weights=False)
+    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
+        raise ModelError(
+            f"model.path={path}: no tokenizer there (tokenizer.json, tokenizer_config.json): "
+            "copy the files of the model it was made from into the folder"
         )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer at model.path={path}: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -50,26 +96,35 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Tokenizer:
 
 
 def load_model(
-    path: str, *, dtype: str, attn_implementation: str, trust_remote_code: bool
+    path: str,
+    *,
+    dtype: str,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Causal language model in `dtype`, in evaluation mode (no dropout, in training either).
 
     Raises:
-        ModelError: nothing loadable at `path`, or `attn_implementation` would change its results.
+        ModelError: nothing loadable at `path`, it needs code of its own, or `attn_implementation`
+            would change its results.
     """
     hf_logging.disable_progress_bar()
+    folder = local_folder(path, revision=revision)
+    if not any(file for pattern in WEIGHTS for file in Path(folder).glob(pattern)):
+        raise ModelError(f"model.path={path}: no weights there (*.safetensors or *.bin)")
+    if trust_remote_code:
+        print(f"warning: model.trust_remote_code=true runs the Python code that comes with {path}")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_path(path),
+            folder,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.path={path} cannot be loaded: {_first_line(error)} "
-            "(give a hub id with network access, or a local folder in the hub's format)"
-        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise _refusal(path, error) from error
+    model.name_or_path = resolve_path(path)  # not the place of a downloaded copy
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and attn_implementation == "sdpa":
         raise ModelError(
@@ -79,15 +134,33 @@ def load_model(
     return model.eval()
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The base: a copy of the policy that nothing trains."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def _check_folder(path: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"model.path={path}: a file; give the folder that holds it")
+    if (folder / "config.json").exists():
+        return
+    if (folder / "export" / "config.json").exists():
+        raise ModelError(f"model.path={path}: a run folder; its model is model.path={path}/export")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"model.path={path}: an adapter without its model; give the merged folder (export/)"
+        )
+    raise ModelError(
+        f"model.path={path}: no config.json there, so it is no model folder of the hub's format"
+    )
 
 
-def policy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights an engine must be given; a tied output layer appears under its own name too."""
-    return dict(model.state_dict())
+def _refusal(path: str, error: Exception) -> ModelError:
+    if any(words in str(error) for words in CODE_REFUSED):
+        return ModelError(
+            f"model.path={path} brings Python code of its own: read it, then set "
+            "model.trust_remote_code=true"
+        )
+    return ModelError(
+        f"model.path={path} cannot be loaded: {_first_line(error)} "
+        "(give a hub id with network access, or a local folder in the hub's format)"
+    )
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

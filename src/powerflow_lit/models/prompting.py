@@ -9,12 +9,35 @@ from rich import get_console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from powerflow_lit.models.loading import ModelError
+from powerflow_lit.models.errors import ModelError
 from powerflow_lit.types import Prompt
 
-Route = Literal["plain", "chat"]
+Route = Literal["auto", "plain", "chat"]
 ENCODED_AT_ONCE = 1024
 MANY_PROMPTS = 5000  # from here on it takes long enough for a progress bar
+# Llama's template writes today's date where it is given none: a run would depend on its day
+TEMPLATE_DATE = "26 Jul 2024"  # the date that Llama's template falls back to
+
+
+def taken_route(tokenizer: Tokenizer, route: Route) -> Literal["plain", "chat"]:
+    """`auto` is the chat template where the tokenizer has one, for bases too (as EMPO does).
+
+    Raises:
+        ModelError: `chat` without a chat template.
+    """
+    if route == "auto":
+        return "chat" if tokenizer.chat_template else "plain"
+    if route == "chat" and not tokenizer.chat_template:
+        raise ModelError("this tokenizer has no chat template: set model.prompt_route=plain")
+    return route
+
+
+def route_line(tokenizer: Tokenizer, route: Route) -> str:
+    """The route in words, for the console."""
+    taken = taken_route(tokenizer, route)
+    how = "the tokenizer's chat template" if taken == "chat" else "plain text and a line break"
+    without = ", for want of a chat template" if (route, taken) == ("auto", "plain") else ""
+    return f"prompts as {how}{without} (model.prompt_route={route})"
 
 
 def render(tokenizer: Tokenizer, text: str, route: Route) -> str:
@@ -23,12 +46,14 @@ def render(tokenizer: Tokenizer, text: str, route: Route) -> str:
     Raises:
         ModelError: `chat` without a chat template.
     """
-    if route == "plain":
+    if taken_route(tokenizer, route) == "plain":
         return text + "\n"
-    if not tokenizer.chat_template:
-        raise ModelError("this tokenizer has no chat template: set model.prompt_route=plain")
     turn = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    return str(
+        tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
+        )
+    )
 
 
 def encode_prompts(
@@ -42,7 +67,7 @@ def encode_prompts(
     """
     encoded = {}
     # a chat template writes its own special tokens; bare text gets the tokenizer's usual ones
-    special = route == "plain"
+    special = taken_route(tokenizer, route) == "plain"
     # a fast tokenizer takes many texts at once, on all cores
     starts = range(0, len(prompts), ENCODED_AT_ONCE)
     unseen = len(prompts) < MANY_PROMPTS or not get_console().is_terminal

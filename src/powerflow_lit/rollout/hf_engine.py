@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.models.lora import plain_copy
 from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
 from powerflow_lit.types import Completion, Sampling, TokenBatch
 
@@ -34,7 +35,7 @@ class HfEngine:
         tokens_per_microbatch: int,
         logit_chunk_mb: float,
     ) -> None:
-        self._model = copy.deepcopy(spec.policy).eval().requires_grad_(False)
+        self._model: Any = plain_copy(spec.policy)
         self._pad_id, self._eos_id = spec.pad_id, spec.eos_id
         self._sequences_per_batch = sequences_per_batch
         self._tokens_per_microbatch = tokens_per_microbatch

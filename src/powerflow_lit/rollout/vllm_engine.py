@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from powerflow_lit.models.loading import policy_weights
+from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
 from powerflow_lit.types import Completion, Sampling
 
