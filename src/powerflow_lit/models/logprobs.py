@@ -20,7 +20,7 @@ Pool = Literal["mean", "last"]
 class Scores:
     """What one forward pass over prompts and responses yields."""
 
-    log_prob: Tensor  # (N, T) float32, nats, temperature 1; 0 in the padding
+    log_prob: Tensor  # (N, T) float32, nats, at the temperature asked for; 0 in the padding
     prompt_state: Tensor | None  # (N, h) pooled hidden states of the prompt, if asked for
 
 
@@ -55,10 +55,12 @@ def response_scores(
     tokens_per_microbatch: int,
     pool: Pool | None = None,
     on_progress: Callable[[int], None] | None = None,
+    temperature: float = 1.0,
 ) -> Scores:
     """Log-probs of the response tokens, and pooled prompt states when `pool` is given.
 
-    They are over the full vocabulary, or over `batch.allowed` where a guard has set it.
+    They are over the full vocabulary, or over `batch.allowed` where a guard has set it, of the
+    softmax of logits / `temperature`.
 
     With more than one microbatch under gradient, each is recomputed in the backward pass, so that
     any loss over all N trajectories (group closed forms included) has the gradient of the whole
@@ -71,9 +73,11 @@ def response_scores(
     for part in parts:
         rows = batch.rows(part)
         if recompute:
-            packed, state = checkpoint(_packed_scores, model, rows, pool, use_reentrant=False)
+            packed, state = checkpoint(
+                _packed_scores, model, rows, pool, temperature, use_reentrant=False
+            )
         else:
-            packed, state = _packed_scores(model, rows, pool)
+            packed, state = _packed_scores(model, rows, pool, temperature)
         padded = packed.new_zeros(len(part), width)
         mask = torch.arange(width, device=part.device) < rows.response_lengths[:, None]
         pieces.append(padded.masked_scatter(mask, packed))
@@ -110,10 +114,12 @@ def guarded_responses(
 
 
 def _packed_scores(
-    model: Any, batch: TokenBatch, pool: Pool | None
+    model: Any, batch: TokenBatch, pool: Pool | None, temperature: float
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of all response tokens in a row (M,), and prompt states (N, h)."""
     logits, targets, hidden = _response_logits(model, batch)
+    if temperature != 1:
+        logits = logits / temperature
     if batch.allowed is None:
         log_prob = -nn.functional.cross_entropy(logits, targets, reduction="none")
     else:
