@@ -38,6 +38,7 @@ from powerflow_lit.models.loading import policy_weights
 from powerflow_lit.resume import checkpoint_of, policy_state
 from powerflow_lit.run_folder import git_commit, versions
 from powerflow_lit.samplers import Decoding, EvaluationSettings, Policy, Sampler
+from powerflow_lit.tasks.base import Task
 
 CALIBRATION_FAILED = 3  # exit code
 
@@ -54,10 +55,37 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         published = calibration.row_of(config.calibrate, config.model.paper_name)
     samplers = build_samplers(config)
     nodes = benchmark_nodes(config)
-    tasks = {name: instantiate(node) for name, node in nodes.items()}
+    tasks: dict[str, Task] = {name: instantiate(node) for name, node in nodes.items()}
     embedder = instantiate(config.embedder) if _has_target(config.embedder) else None
+    assessor: Assessor | None = instantiate(config.judge) if _has_target(config.judge) else None
     for task in tasks.values():
         task.embed = embedder or task.embed
+    try:
+        record = _evaluated(config, nodes, tasks, samplers, assessor)
+    finally:
+        for part in (assessor, embedder):
+            getattr(part, "close", lambda: None)()
+    names = list(tasks)
+    over_all = averages(record, names, list(samplers), config.bootstrap)
+    judged = None if assessor is None else assessor.record()
+    record.data["judge"] = judged or record.data["judge"]
+    calibrated = None
+    if config.calibrate is not None and published is not None:
+        calibrated = calibration.calibrated(
+            config.calibrate, published, record.data, names, over_all
+        )
+    record.finish(averages=over_all, calibration=calibrated)
+    return record.data
+
+
+def _evaluated(
+    config: EvaluateConfig,
+    nodes: Mapping[str, Any],
+    tasks: Mapping[str, Task],
+    samplers: Mapping[str, Sampler],
+    assessor: Assessor | None,
+) -> Record:
+    """The record with every pair of benchmark and sampler in it."""
     model, tokenizer = build_model(config.model)
     if config.run is not None and not (Path(config.run) / "export").is_dir():
         model.load_state_dict(policy_state(Path(config.run)))
@@ -75,7 +103,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         config.samples_per_prompt, config.rollout.max_new_tokens, config.seed
     )
     longest = longest_sequence(config, model, tokenizer, benchmarks, samplers, settings)
-    assessor: Assessor | None = instantiate(config.judge) if _has_target(config.judge) else None
     about = {
         "model": config.model.path,
         "run": config.run,
@@ -84,7 +111,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "task": None if config.benchmarks else config.task.name,
         "samples_per_prompt": config.samples_per_prompt,
         "embedder": embedder_name(next(iter(tasks.values())).embed),
-        "judge": None if assessor is None else assessor.name,
         "versions": versions(),
         "git_commit": git_commit(),
     }
@@ -93,29 +119,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         for note in benchmark.notes:
             record.note(f"{benchmark.name}: {note}")
             print(f"{benchmark.name}: {note}")
-    try:
-        _sample(config, record, model, tokenizer, benchmarks, samplers, settings, longest, assessor)
-    finally:
-        if assessor is not None:
-            assessor.close()
-    names = [b.name for b in benchmarks]
-    over_all = averages(record, names, list(samplers), config.bootstrap)
-    found = None
-    if config.calibrate is not None and published is not None:
-        whole = set(names) == set(published.rows[config.calibrate.method]) - {"average"}
-        found = calibration.recorded(
-            config.calibrate,
-            published,
-            calibration.checks(
-                config.calibrate,
-                published,
-                {name: record.data["benchmarks"][name] for name in names},
-                over_all.get(config.calibrate.sampler) if whole else None,
-            ),
-            calibration.caveats(config.calibrate.table, record.data),
-        )
-    record.finish(over_all, found)
-    return record.data
+    _sample(config, record, model, tokenizer, benchmarks, samplers, settings, longest, assessor)
+    return record
 
 
 def _sample(

@@ -48,7 +48,9 @@ def located(nodes: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, d
                 f"benchmark_dir={folder}: {many} '{name}' ({shown}): rename one, give "
                 f"benchmarks.{name}.path=<file>, or leave that benchmark out"
             )
-        found[name] = {**node, "path": str(own[0])}
+        # a file has neither a hub's subsets nor its revisions
+        hub_only = {key: None for key in ("subset", "revision") if key in node}
+        found[name] = {**node, **hub_only, "path": str(own[0])}
     return found
 
 

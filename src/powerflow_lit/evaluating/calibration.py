@@ -99,7 +99,7 @@ def caveats(table: str, record: Mapping[str, Any]) -> list[str]:
     """What a reader of the verdicts must bear in mind."""
     if table == REASONING:
         return ["the paper's token limit and grader are not known"]
-    judge = record["judge"] or "none"
+    judge = (record["judge"] or {}).get("model", "none")
     return [
         f"the paper's judge and embedder are not known (here: {judge}, {record['embedder']}); "
         "figures of different ones do not compare, so a verdict holds for the same ones only"
@@ -114,10 +114,22 @@ def verdict(found: Sequence[Check]) -> str:
     return PASS if PASS in verdicts else NOT_MEASURED
 
 
-def recorded(
-    config: CalibrateConfig, row: Published, found: Sequence[Check], caveats: Sequence[str]
+def calibrated(
+    config: CalibrateConfig,
+    row: Published,
+    record: Mapping[str, Any],
+    benchmarks: Sequence[str],
+    averages: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The calibration as it stands in eval.json."""
+    """The calibration as it stands in eval.json.
+
+    Args:
+        record: eval.json; `benchmarks` are those of its benchmarks that were asked for.
+        averages: over them, by sampler. They compare only where they are over the row's own.
+    """
+    whole = set(benchmarks) == set(row.rows[config.method]) - {"average"}
+    average = averages.get(config.sampler) if whole else None
+    found = checks(config, row, {b: record["benchmarks"][b] for b in benchmarks}, average)
     return {
         "paper_name": row.model,
         "method": config.method,
@@ -127,5 +139,5 @@ def recorded(
         "source": row.source,
         "verdict": verdict(found),
         "checks": [asdict(check) for check in found],
-        "caveats": list(caveats),
+        "caveats": caveats(config.table, record),
     }

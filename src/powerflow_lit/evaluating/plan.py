@@ -21,6 +21,11 @@ ENGINE_MEANS = (
     "_partial_", "max_num_seqs", "kv_cache_gb", "gpu_memory_utilization", "enforce_eager",
     "sequences_per_batch", "tokens_per_microbatch",
 )  # fmt: skip
+# of a judge or an embedder: how its server is reached, not what it answers
+SERVER_MEANS = (
+    "base_url", "api_key_env", "timeout_s", "max_retries", "concurrency", "batch_size", "cache",
+    "probe", "device",
+)  # fmt: skip
 
 
 def longest_sequence(
@@ -77,13 +82,22 @@ def settings_of(
         "samples_per_prompt": config.samples_per_prompt,
         "seed": config.seed,
         "bootstrap": whole["bootstrap"],
-        "judge": config.judge,
-        "embedder": config.embedder,
+        "judge": _what_decides(config.judge or {}),
+        "embedder": _what_decides(config.embedder or {}),
         "benchmarks": dict(nodes),
         "samplers": {
             n: config.samplers.get(n) or (asdict(s) if isinstance(s, Decoding) else {})
             for n, s in samplers.items()
         },
+    }
+
+
+def _what_decides(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A judge's or an embedder's configuration without how its server is reached."""
+    return {
+        key: _what_decides(value) if isinstance(value, Mapping) else value
+        for key, value in node.items()
+        if key not in SERVER_MEANS
     }
 
 

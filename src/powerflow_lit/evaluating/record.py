@@ -45,6 +45,7 @@ class Record:
             "benchmarks": before.get("benchmarks", {}),
             "averages": {},
             "calibration": None,
+            "judge": before.get("judge"),
             "notes": before.get("notes", []),
         }
         self._drop_unfinished()
@@ -93,9 +94,9 @@ class Record:
         }
         self._write()
 
-    def finish(self, averages: Mapping[str, Any], calibration: Mapping[str, Any] | None) -> None:
-        """The figures over benchmarks, when all pairs are there."""
-        self.data |= {"status": "finished", "averages": averages, "calibration": calibration}
+    def finish(self, **over_all: Any) -> None:
+        """What is said of the evaluation as a whole (averages, calibration, judge), at its end."""
+        self.data |= {"status": "finished", **over_all}
         self._write()
 
     def _write(self) -> None:

@@ -25,7 +25,7 @@ AVG = re.compile(r"(?:val/)?avg@(\d+)")
 class Assessor(Protocol):
     """What `judge=` builds: further figures of each prompt's responses."""
 
-    name: str
+    def record(self) -> dict[str, Any] | None: ...
 
     def assess(
         self, samples: Sequence[Sampled], on_progress: Callable[[int, int], None] | None
@@ -55,7 +55,8 @@ def score(
     for number, sample in enumerate(draws.samples, start=1):
         correct = [task.is_correct(sample.prompt, r.text) for r in sample.responses]
         known = _figures(task, sample, draws.samples_per_prompt)
-        known |= pass_curve(correct, draws.samples_per_prompt) if _has_answers(known) else {}
+        if _has_answers(known) and None not in correct:
+            known |= pass_curve(correct, draws.samples_per_prompt)
         figures.append(known)
         rows += [_row(task, sample, place, right) for place, right in enumerate(correct)]
         on_progress("scoring", number, total)
@@ -154,8 +155,10 @@ def summary(
 def sampling_error(shares: np.ndarray, n: int) -> float:
     """Standard error of avg@n when the same P problems are sampled again.
 
-    sqrt(sum_p s_p (1 - s_p) / (n - 1)) / P with s_p the share of n samples that were correct.
+    sqrt(sum_p s_p (1 - s_p) / (n - 1)) / P with s_p the share of n samples that were correct;
+    problems without one (nan) do not count.
     """
+    shares = shares[np.isfinite(shares)]
     return float(np.sqrt(np.sum(shares * (1 - shares) / (n - 1))) / len(shares))
 
 

@@ -102,10 +102,11 @@ def averages(
         for metric in sorted(n for n in shared if AVG.fullmatch(n)):
             column = metric.removeprefix("val/")
             values = [
-                np.array([float(r[column]) for r in rows
+                np.array([float(r[column] or "nan") for r in rows
                           if r["benchmark"] == b and r["decoding"] == sampler])
                 for b in benchmarks
             ]  # fmt: skip
+            values = [own[np.isfinite(own)] for own in values]
             errors = [r["sampling_errors"].get(metric) for r in results]
             own = found.setdefault(
                 sampler,
