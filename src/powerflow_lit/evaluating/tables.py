@@ -11,8 +11,14 @@ from powerflow_lit.console import FINAL
 from powerflow_lit.evaluating.session import headline
 from powerflow_lit.published import CREATIVE, REASONING, Published, published
 
-SHOWN = (*FINAL, "truncated_frac", "mh_acceptance", "vs_parse_failures")
+# pass@1 is the mean of avg@k
+SHOWN = (
+    *(name for name in FINAL if name != "pass@1"), "truncated_frac", "mh_acceptance",
+    "vs_parse_failures",
+)  # fmt: skip
 PLAIN = ("length_mean",)
+WIDE = 5  # columns beside each other
+NEWLINE = "\n"
 
 
 def tables_of(record: Mapping[str, Any]) -> list[Table]:
@@ -32,26 +38,44 @@ def tables_of(record: Mapping[str, Any]) -> list[Table]:
 
 
 def _benchmark(name: str, results: Mapping[str, Any], record: Mapping[str, Any]) -> Table:
-    """Metrics as rows, samplers as columns, then the paper's rows that name these metrics."""
+    """Metrics as rows, samplers as columns; the paper's too, where no table of all has them."""
     first = next(iter(results.values()))
-    title = (
-        f"{name}: {record['model']}, {first['prompts']} prompts"
-        f" (semantic diversity by {record['embedder']})"
+    counts = {r["samples_per_prompt"] for r in results.values()}
+    few = ", greedy 1" if counts - {max(counts)} == {1} else ""
+    table = Table(
+        title=f"{name}: {record['model']}, {first['prompts']} prompts, k = {max(counts)}{few}",
+        caption=f"diversity_semantic by {record['embedder']}",
+        title_justify="left",
+        caption_justify="left",
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("metric")
-    for sampler in results:
-        table.add_column(sampler, justify="right")
-    paper = _paper_of_benchmark(name, record["paper_name"])
-    for method in paper:
-        table.add_column(f"paper: {method}", justify="right", style="dim")
-    known = list(dict.fromkeys(m for r in results.values() for m in r["metrics"]))
-    known += [m for row in paper.values() for m in row if m not in known]
-    for metric in _shown(known):
-        cells = [_cell(r, metric) for r in results.values()]
-        theirs = [f"{row[metric]:.3f}" if metric in row else "-" for row in paper.values()]
-        table.add_row(metric.removeprefix("val/"), *cells, *theirs)
+    alone = len(record["benchmarks"]) == 1
+    paper = _paper_of_benchmark(name, record["paper_name"]) if alone else {}
+    _columns(table, "metric", list(results), list(paper))
+    high = len(results) + len(paper) > WIDE
+    for wanted in SHOWN:
+        # of k samples: each sampler's own k
+        names = [
+            f"val/{wanted}{r['samples_per_prompt']}" if wanted[-1] == "@" else f"val/{wanted}"
+            for r in results.values()
+        ]
+        theirs = [
+            next((v for n, v in row.items() if f"val/{wanted}" == n or n in names), None)
+            for row in paper.values()
+        ]
+        known = [n in r["metrics"] for n, r in zip(names, results.values(), strict=True)]
+        if any(known) or any(t is not None for t in theirs):
+            cells = [_cell(r, n, high) for n, r in zip(names, results.values(), strict=True)]
+            shown = ["-" if t is None else f"{t:.3f}" for t in theirs]
+            table.add_row(wanted + "k" * (wanted[-1] == "@"), *cells, *shown)
     return table
+
+
+def _columns(table: Table, first: str, samplers: Sequence[str], methods: Sequence[str]) -> None:
+    table.add_column(first, no_wrap=True)
+    for sampler in samplers:
+        table.add_column(sampler.replace("_", " "), justify="right")  # so that it breaks at words
+    for method in methods:
+        table.add_column(f"paper: {method}", justify="right", style="dim")
 
 
 def _paper_of_benchmark(name: str, model: str | None) -> dict[str, dict[str, float]]:
@@ -80,16 +104,13 @@ def _together(record: Mapping[str, Any]) -> Table | None:
     samplers = list(dict.fromkeys(s for results in benchmarks.values() for s in results))
     methods = list(paper.rows) if paper else []
     table = Table(title=f"{record['model']}: percent", title_justify="left")
-    table.add_column("benchmark")
-    for sampler in samplers:
-        table.add_column(sampler, justify="right")
-    for method in methods:
-        table.add_column(f"paper: {method}", justify="right", style="dim")
+    _columns(table, "benchmark", samplers, methods)
+    high = len(samplers) + len(methods) > WIDE
     for name, results in benchmarks.items():
-        cells = [_percent(results.get(s)) for s in samplers]
+        cells = [_percent(results.get(s), high) for s in samplers]
         table.add_row(name, *cells, *_theirs(paper, methods, name))
     if record["averages"]:
-        cells = [_percent(record["averages"].get(s)) for s in samplers]
+        cells = [_percent(record["averages"].get(s), high) for s in samplers]
         whole = paper is not None and set(benchmarks) == _benchmarks_of(paper)
         # a mean over other benchmarks does not compare with the paper's
         theirs = _theirs(paper, methods, "average") if whole else ["-"] * len(methods)
@@ -107,15 +128,9 @@ def _theirs(paper: Published | None, methods: Sequence[str], name: str) -> list[
     return [f"{rows[m][name]:.1f}" if name in rows[m] else "-" for m in methods]
 
 
-def _percent(result: Mapping[str, Any] | None) -> str:
+def _percent(result: Mapping[str, Any] | None, high: bool) -> str:
     name = headline(result["metrics"]) if result else None
-    if result is None or name is None:
-        return "-"
-    text = f"{100 * result['metrics'][name]:.1f}"
-    if name in result["intervals"]:
-        low, high = result["intervals"][name]
-        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return text
+    return "-" if result is None or name is None else _cell(result, name, high, 100, 1)
 
 
 def _calibration(found: Mapping[str, Any]) -> Table:
@@ -140,27 +155,16 @@ def _calibration(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _shown(metrics: Sequence[str]) -> list[str]:
-    """Metrics worth a row, in the order of `SHOWN`; of pass@k the ends of the curve."""
-    names = [m.removeprefix("val/") for m in metrics]
-    sizes = {n.rpartition("@")[2] for n in names if n.startswith("avg@")}
-    found: list[str] = []
-    for wanted in SHOWN:
-        for name in names:
-            at_k = wanted.endswith("@") and name.startswith(wanted)
-            inner = name.startswith("pass@") and name.rpartition("@")[2] not in {*sizes, "1"}
-            if (name == wanted or at_k) and not inner and f"val/{name}" not in found:
-                found.append(f"val/{name}")
-    return found
-
-
-def _cell(result: Mapping[str, Any], metric: str) -> str:
+def _cell(
+    result: Mapping[str, Any], metric: str, high: bool, scale: float = 1, digits: int = 3
+) -> str:
+    """A figure and its interval, below it where the table is wide."""
     value = result["metrics"].get(metric)
     if value is None:
         return "-"
-    digits = 1 if metric.removeprefix("val/") in PLAIN else 3
-    text = f"{value:.{digits}f}"
+    digits = 1 if metric.removeprefix("val/") in PLAIN else digits
+    text = f"{scale * value:.{digits}f}"
     if metric in result["intervals"]:
-        low, high = result["intervals"][metric]
-        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+        low, top = (scale * bound for bound in result["intervals"][metric])
+        text += f"{NEWLINE if high else ' '}[{low:.{digits}f}, {top:.{digits}f}]"
     return text
