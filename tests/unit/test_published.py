@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
-from powerflow_lit.config.checks import ConfigError
-from powerflow_lit.config.schema import CalibrateConfig
+from powerflow_lit.config import conf_dir
+from powerflow_lit.config.checks import ConfigError, typed
+from powerflow_lit.config.schema import CalibrateConfig, EvaluateConfig
 from powerflow_lit.evaluating import calibration
 from powerflow_lit.evaluating.scores import average_interval, sampling_error, summary
 from powerflow_lit.published import CREATIVE, REASONING, models, notes, published
@@ -138,6 +141,30 @@ def test_creative_figures_are_compared_in_points_with_the_error_over_prompts() -
     assert diversity.published == pytest.approx(33.1)
     assert diversity.standard_error == pytest.approx(4 / (2 * 1.96), rel=1e-3)
     assert diversity.verdict == "pass"
+    for embedder, expected in (("hashing-512 (bag of words)", "not measured"), ("a model", "pass")):
+        record = {"benchmarks": {"creative_writing": ours}, "embedder": embedder, "judge": None}
+        found = calibration.calibrated(creative, row, record, ["creative_writing"], {})
+        assert found["verdict"] == expected, "words counted are no meaning"
+        assert "judge and embedder are not known (here: none" in found["caveats"][0]
+
+
+CALIBRATED = sorted((Path(conf_dir()) / "experiment" / "calibrate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CALIBRATED, ids=lambda p: p.stem)
+def test_each_released_checkpoint_is_calibrated_against_a_row_of_its_own(path: Path) -> None:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        found = typed(compose("evaluate", [f"experiment=calibrate/{path.stem}"]), EvaluateConfig)
+    assert found.calibrate is not None
+    row = calibration.row_of(found.calibrate, found.model.paper_name)
+    assert found.model.path.startswith("crs25-tsinghua/PowerFlow")
+    assert row.model in found.model.path, "the row is that of the checkpoint's own model"
+    assert found.alpha == (4 if found.calibrate.table == REASONING else 0.5)
+    if found.calibrate.table == REASONING:
+        assert set(found.benchmarks) == SIX
+        assert (found.samples_per_prompt, found.rollout.max_new_tokens) == (16, 3072)
+    else:
+        assert found.task.name == "creative_writing"
 
 
 @pytest.mark.parametrize(

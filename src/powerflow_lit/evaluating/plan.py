@@ -19,7 +19,7 @@ from powerflow_lit.samplers import Decoding, EvaluationSettings, Sampler
 # of an engine: how much memory it takes and how fast it is, not what it samples from
 ENGINE_MEANS = (
     "_partial_", "max_num_seqs", "kv_cache_gb", "gpu_memory_utilization", "enforce_eager",
-    "sequences_per_batch", "tokens_per_microbatch",
+    "sequences_per_batch", "tokens_per_microbatch", "logit_chunk_mb",
 )  # fmt: skip
 # of a judge or an embedder: how its server is reached, not what it answers
 SERVER_MEANS = (
