@@ -7,13 +7,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from powerflow_lit.config import conf_dir
+from powerflow_lit.config.checks import typed
+from powerflow_lit.config.schema import EvaluateConfig
+from powerflow_lit.evaluate import build_samplers
 from powerflow_lit.models.loading import load_tokenizer, policy_weights
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.rollout.engine import EngineSpec
@@ -310,3 +316,28 @@ def test_a_verbalized_request_that_cannot_work_is_refused(wrong: dict[str, objec
     settings = {"k": 5, "instruction": ASK, "temperature": 1.0, "top_p": 1.0, "tokens_per_call": 9}
     with pytest.raises(ValueError, match=r"k=|must name \{k\}"):
         VerbalizedSampling(**(settings | wrong))  # type: ignore[arg-type]
+
+
+def built(*overrides: str) -> dict[str, object]:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return dict(build_samplers(typed(compose("evaluate", list(overrides)), EvaluateConfig)))
+
+
+def test_the_papers_inference_time_rows_are_there_by_name() -> None:
+    names = sorted(path.stem for path in (Path(conf_dir()) / "sampler").glob("*.yaml"))
+    found = built(f"sampler=[{','.join(names)}]", "samples_per_prompt=30")
+    assert names == ["high_temperature", "low_temperature", "power_sampling", "vs_standard"]
+    assert list(found) == ["T=1", "greedy", *names], "T=1/alpha is low_temperature, made once"
+    assert found["power_sampling"] == PowerSampling(4.0, 16, 10, stop_at_eos=True)
+    assert found["low_temperature"] == Decoding(0.25)
+    assert found["high_temperature"] == Decoding(1.2)
+    verbalized_sampling = found["vs_standard"]
+    assert isinstance(verbalized_sampling, VerbalizedSampling)
+    assert (verbalized_sampling.k, verbalized_sampling.tokens_per_call) == (5, 5 * 96)
+    assert built("alpha=2", "sampler=[power_sampling]")["power_sampling"] == PowerSampling(
+        2.0, 16, 10, stop_at_eos=True
+    )
+
+
+def test_at_alpha_one_its_inverse_is_no_second_decoding() -> None:
+    assert list(built("alpha=1")) == ["T=1", "greedy"]
