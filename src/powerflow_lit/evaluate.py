@@ -67,8 +67,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             getattr(part, "close", lambda: None)()
     names = list(tasks)
     over_all = averages(record, names, list(samplers), config.bootstrap)
-    judged = None if assessor is None else assessor.record()
-    record.data["judge"] = judged or record.data["judge"]
+    if assessor is not None and record.added:  # else what an earlier session said stands
+        record.data["judge"] = assessor.record()
     calibrated = None
     if config.calibrate is not None and published is not None:
         calibrated = calibration.calibrated(

@@ -33,6 +33,7 @@ class Record:
 
     def __init__(self, folder: Path, about: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.folder = folder
+        self.added = 0  # pairs, in this session
         folder.mkdir(parents=True, exist_ok=True)
         before = _read(folder / "eval.json")
         settings = json.loads(json.dumps(settings))  # as it will be read again
@@ -92,6 +93,7 @@ class Record:
             "sampling_errors": summary.sampling_errors,
             **facts,
         }
+        self.added += 1
         self._write()
 
     def finish(self, **over_all: Any) -> None:
