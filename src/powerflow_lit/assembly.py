@@ -182,7 +182,10 @@ def build_callbacks(
             max_new_tokens=config.rollout.max_new_tokens,
             seed=chosen.evaluation.seed,
         ),
-        base_decodings=[Decoding(d.temperature, d.min_p) for d in chosen.evaluation.base_decodings],
+        base_decodings=[
+            Decoding(d.temperature, min_p=d.min_p, top_p=d.top_p)
+            for d in chosen.evaluation.base_decodings
+        ],
         clock=clock,
     )
     steps = StepMetrics(clock)

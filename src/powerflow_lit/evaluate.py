@@ -1,104 +1,208 @@
-"""Sample a model on a task's evaluation prompts and score what it says.
+"""Sample a model on evaluation prompts and score what it says.
 
 python -m powerflow_lit.evaluate run=outputs/...               # a run's policy
 python -m powerflow_lit.evaluate model=tiny task=arithmetic    # a base, several decodings
+python -m powerflow_lit.evaluate model=hf model.path=<folder> benchmark=paper benchmark_dir=<folder>
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import Progress, TaskID
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.assembly import build_engine, build_model
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
-from powerflow_lit.console import metrics_table, quiet, wide_console
+from powerflow_lit.console import quiet, wide_console
 from powerflow_lit.errors import USER_ERRORS, root_cause
-from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, val_metrics
+from powerflow_lit.evaluating import calibration
+from powerflow_lit.evaluating.benchmarks import Benchmark, located, prepared
+from powerflow_lit.evaluating.plan import embedder_name, longest_sequence, settings_of
+from powerflow_lit.evaluating.record import Record
+from powerflow_lit.evaluating.scores import Assessor
+from powerflow_lit.evaluating.session import averages, evaluate_all
+from powerflow_lit.evaluating.tables import tables_of
+from powerflow_lit.judging.assessors import CreativeJudge
 from powerflow_lit.models.lora import policy_weights
-from powerflow_lit.models.prompting import encode_prompts
 from powerflow_lit.resume import checkpoint_of, load_policy
-from powerflow_lit.run_folder import append_problems, git_commit, versions
+from powerflow_lit.run_folder import git_commit, versions
+from powerflow_lit.samplers import Decoding, EvaluationSettings, Policy, Sampler
+from powerflow_lit.tasks.base import Task
+from powerflow_lit.tasks.creative_writing import CreativeWriting
+
+CALIBRATION_FAILED = 3  # exit code
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Metrics by decoding, also written to `evaluation.json` in the output folder."""
+    """What eval.json in the output folder says at the end.
+
+    Raises:
+        ConfigError: contradictory settings, or the folder holds an evaluation with other ones.
+        TaskError, ModelError, EngineError: data, model or engine cannot be used.
+    """
+    published = None
+    if config.calibrate is not None:  # what can be wrong shows before a model loads
+        published = calibration.row_of(config.calibrate, config.model.paper_name)
+    samplers = build_samplers(config)
+    nodes = benchmark_nodes(config)
+    tasks: dict[str, Task] = {name: instantiate(node) for name, node in nodes.items()}
+    embedder = instantiate(config.embedder) if _has_target(config.embedder) else None
+    assessor: Assessor | None = instantiate(config.judge) if _has_target(config.judge) else None
+    for task in tasks.values():
+        task.embed = embedder or task.embed
+        if isinstance(task, CreativeWriting) and isinstance(assessor, CreativeJudge):
+            assessor.genre_of = task.genre  # it knows the lists that its prompts are from
+    try:
+        record = _evaluated(config, nodes, tasks, samplers, assessor)
+    finally:
+        for part in (assessor, embedder):
+            getattr(part, "close", lambda: None)()
+    names = list(tasks)
+    over_all = averages(record, names, list(samplers), config.bootstrap)
+    if assessor is not None and record.added:  # else what an earlier session said stands
+        record.data["judge"] = assessor.record()
+    calibrated = None
+    if config.calibrate is not None and published is not None:
+        calibrated = calibration.calibrated(
+            config.calibrate, published, record.data, names, over_all
+        )
+    record.finish(averages=over_all, calibration=calibrated)
+    return record.data
+
+
+def _evaluated(
+    config: EvaluateConfig,
+    nodes: Mapping[str, Any],
+    tasks: Mapping[str, Task],
+    samplers: Mapping[str, Sampler],
+    assessor: Assessor | None,
+) -> Record:
+    """The record with every pair of benchmark and sampler in it."""
     model, tokenizer = build_model(config.model)
     if config.run is not None and not (Path(config.run) / "export").is_dir():
         model = load_policy(model, Path(config.run))
-    task = instantiate(config.task.build)
-    prompts = task.eval_prompts()
-    ids = encode_prompts(tokenizer, prompts, config.model.prompt_route)  # type: ignore[arg-type]
+    benchmarks = [
+        prepared(
+            name,
+            task,
+            tokenizer,
+            route=config.model.prompt_route,  # type: ignore[arg-type]
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+        )
+        for name, task in tasks.items()
+    ]
     settings = EvaluationSettings(
         config.samples_per_prompt, config.rollout.max_new_tokens, config.seed
     )
+    longest = longest_sequence(config, model, tokenizer, benchmarks, samplers, settings)
+    about = {
+        "model": config.model.path,
+        "run": config.run,
+        "alpha": config.alpha,
+        "paper_name": config.model.paper_name,
+        "task": None if config.benchmarks else config.task.name,
+        "samples_per_prompt": config.samples_per_prompt,
+        "embedder": embedder_name(next(iter(tasks.values())).embed),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    record = Record(Path(config.output), about, settings_of(config, nodes, samplers, model))
+    for benchmark in benchmarks:
+        for note in benchmark.notes:
+            record.note(f"{benchmark.name}: {note}")
+            print(f"{benchmark.name}: {note}")
+    _sample(config, record, model, tokenizer, benchmarks, samplers, settings, longest, assessor)
+    return record
+
+
+def _sample(
+    config: EvaluateConfig,
+    record: Record,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    benchmarks: list[Benchmark],
+    samplers: Mapping[str, Sampler],
+    settings: EvaluationSettings,
+    longest: int,
+    assessor: Assessor | None,
+) -> None:
+    """Start the engine and evaluate every pair that the record lacks; no engine if it has all."""
+    if all(record.has(b.name, s) for b in benchmarks for s in samplers):
+        print("every benchmark and sampler was evaluated before")
+        return
+    portable = str(config.rollout.engine["_target_"]).endswith("HfEngine")
+    if torch.cuda.is_available() and (portable or any(s.scores for s in samplers.values())):
+        model.to("cuda")  # type: ignore[arg-type]
     engine = build_engine(
         config.rollout.engine,
         config.model,
         model,
         tokenizer,
-        max_model_len=max(map(len, ids.values())) + config.rollout.max_new_tokens,
+        max_model_len=longest,
         seed=config.seed,
     )
-    results: dict[str, dict[str, float]] = {}
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    for name in ("evaluation.json", "problems.csv"):
-        (output / name).unlink(missing_ok=True)
     try:
         engine.sync(policy_weights(model), 0)
-        with Progress(transient=True) as progress:
-            for chosen in config.decodings:
-                decoding = Decoding(chosen.temperature, chosen.min_p)
-                total = len(prompts) * (
-                    1 if decoding.temperature == 0 else config.samples_per_prompt
-                )
-                bar = progress.add_task(decoding.name, total=total)
-                scores = evaluate(
-                    engine,
-                    tokenizer,
-                    task,
-                    prompts,
-                    [ids[p.id] for p in prompts],
-                    decoding,
-                    settings,
-                    partial(_advance, progress, bar),
-                )
-                results[decoding.name] = val_metrics(scores)
-                append_problems(output, 0, decoding.name, [p.id for p in prompts], scores)
+        policy = Policy(
+            engine,
+            model,
+            tokenizer,
+            config.model.prompt_route,  # type: ignore[arg-type]
+            config.tokens_per_microbatch,
+            config.logit_chunk_mb,
+        )
+        evaluate_all(policy, benchmarks, samplers, settings, record, assessor, config.bootstrap)
     finally:
         engine.close()
-    record = {
-        "task": config.task.name,
-        "run": config.run,
-        "model": config.model.path,
-        "samples_per_prompt": config.samples_per_prompt,
-        "seed": config.seed,
-        "results": results,
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-    (output / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
 
 
-def _advance(progress: Progress, bar: TaskID, done: int, tokens: int) -> None:
-    progress.update(bar, completed=done)
+def build_samplers(config: EvaluateConfig) -> dict[str, Sampler]:
+    """Decodings by their own names, then the samplers of `sampler=` by theirs.
+
+    A decoding that is listed twice, or is one of the samplers, is made once.
+
+    Raises:
+        ConfigError: none at all, or an alpha that is no power.
+    """
+    if config.alpha <= 0:
+        raise ConfigError(f"alpha={config.alpha}: must be positive (1 is the identity)")
+    named: dict[str, Sampler] = {n: instantiate(node) for n, node in config.samplers.items()}
+    plain = [Decoding(d.temperature, min_p=d.min_p, top_p=d.top_p) for d in config.decodings]
+    found: dict[str, Sampler] = {d.name: d for d in plain if d not in named.values()}
+    found |= named
+    if not found:
+        raise ConfigError("decodings=[] and no sampler=: name at least one way of sampling")
+    return found
+
+
+def benchmark_nodes(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """What builds each benchmark's task: the chosen ones, or else the task itself."""
+    nodes = dict(config.benchmarks)
+    if config.benchmark_dir is not None:
+        if not nodes:
+            raise ConfigError(f"benchmark_dir={config.benchmark_dir} without benchmark=")
+        nodes = located(nodes, Path(config.benchmark_dir))
+    return nodes or {config.task.name: config.task.build}
+
+
+def _has_target(node: Mapping[str, Any] | None) -> bool:
+    return bool(node) and node is not None and node.get("_target_") is not None
 
 
 def _of_run(cfg: DictConfig) -> DictConfig:
-    """With `run=`: the run's own model and task in place of the defaults."""
+    """With `run=`: the run's own model and task in place of the defaults, and its alpha."""
     if cfg.run is None:
         return cfg
     folder = Path(cfg.run)
@@ -110,7 +214,10 @@ def _of_run(cfg: DictConfig) -> DictConfig:
     elif checkpoint_of(folder) is None:
         raise ConfigError(f"run={cfg.run}: neither an export/ nor a checkpoint there yet")
     task = saved["task"] | {"max_new_tokens": saved["rollout"]["max_new_tokens"]}
-    return OmegaConf.merge(cfg, {"model": saved["model"], "task": task})  # type: ignore[return-value]
+    brought = {"model": saved["model"], "task": task}
+    if OmegaConf.is_interpolation(cfg, "alpha"):  # not typed
+        brought["alpha"] = saved["alpha"]
+    return OmegaConf.merge(cfg, brought)  # type: ignore[return-value]
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
@@ -122,9 +229,18 @@ def _main(cfg: DictConfig) -> None:
     except USER_ERRORS as error:
         print(f"error: {root_cause(error)}", file=sys.stderr)
         sys.exit(2)
-    title = f"{record['task']}: {record['model']}"
-    wide_console().print(metrics_table(title, record["results"]))
-    print(f"written to {Path(config.output) / 'evaluation.json'}")
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with output={cfg.output}", file=sys.stderr)
+        sys.exit(130)
+    console = wide_console()
+    for table in tables_of(record):
+        console.print(table)
+    for note in record["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    print(f"written to {Path(config.output) / 'eval.json'}")
+    judged = record["calibration"]
+    if judged is not None and judged["verdict"] != calibration.PASS:
+        sys.exit(CALIBRATION_FAILED)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,16 @@ def append_problems(
     decoding: str,
     prompt_ids: Sequence[int],
     scores: Sequence[Mapping[str, float]],
+    *,
+    benchmark: str | None = None,
 ) -> None:
-    """Add one evaluation to problems.csv, a row for each prompt; refill 0 is the base."""
+    """Add one evaluation to problems.csv, a row for each prompt; refill 0 is the base.
+
+    `benchmark` names whose prompts they are, where there may be several.
+    """
+    first = {} if benchmark is None else {"benchmark": benchmark}
     new = [
-        {"refill": refill, "decoding": decoding, "prompt_id": i, **score}
+        {**first, "refill": refill, "decoding": decoding, "prompt_id": i, **score}
         for i, score in zip(prompt_ids, scores, strict=True)
     ]
     _write_problems(folder, [*read_problems(folder), *new])
@@ -135,9 +141,14 @@ def read_problems(folder: Path) -> list[dict[str, Any]]:
 
 def cut_problems(folder: Path, refills: int) -> None:
     """Drop the evaluations that the resumed checkpoint does not hold; all without a checkpoint."""
+    keep_problems(folder, lambda row: refills > 0 and int(row["refill"]) <= refills)
+
+
+def keep_problems(folder: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Keep the wanted rows of problems.csv, if there is such a file."""
     rows = read_problems(folder)
     if rows:
-        _write_problems(folder, [r for r in rows if refills and int(r["refill"]) <= refills])
+        _write_problems(folder, [row for row in rows if wanted(row)])
 
 
 def _write_problems(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -50,7 +50,8 @@ def test_powerflow_beats_every_decoding_of_its_base_at_stable_length(tmp_path: P
     command = [sys.executable, "-m", "powerflow_lit.evaluate", f"run={run}", "output=scored"]
     only_t1 = "decodings=[{temperature: 1.0, min_p: 0.0}]"
     subprocess.run([*command, only_t1], cwd=tmp_path, check=True, capture_output=True)
-    scored = json.loads((tmp_path / "scored" / "evaluation.json").read_text())["results"]["T=1"]
+    record = json.loads((tmp_path / "scored" / "eval.json").read_text())
+    scored = record["benchmarks"]["arithmetic"]["T=1"]["metrics"]
     assert val(scored, "avg@16") == pytest.approx(val(final, "avg@16"), abs=1e-9)
     report = [sys.executable, "-m", "powerflow_lit.report", f"runs=[{run}]", "output=pages"]
     subprocess.run(report, cwd=tmp_path, check=True, capture_output=True)

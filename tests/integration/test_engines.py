@@ -92,6 +92,14 @@ def test_the_contract_of_an_engine(engine: RolloutEngine, policy: PreTrainedMode
                 assert ended != completion.truncated
                 assert ended or len(completion.token_ids) == 24
 
+    # each prompt may have a limit of its own, within one call
+    limited = engine.generate([PROMPTS[0]] * 3, SAMPLING, max_new_tokens=[1, 4, 24])
+    for group, limit in zip(limited, (1, 4, 24), strict=True):
+        for completion in group:
+            assert len(completion.token_ids) == len(completion.log_probs) <= limit
+            assert completion.truncated == (completion.token_ids[-1] != 2)
+    assert [max(len(c.token_ids) for c in group) for group in limited] == [1, 4, 24]
+
     # the same seed gives the same tokens, another seed others; samples of a prompt differ
     first, again = engine.generate(PROMPTS, SAMPLING), engine.generate(PROMPTS, SAMPLING)
     assert first == again

@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
 
 def judge(kind: str, server: VllmServer, cache: Path, *overrides: str) -> Assessor:
     changes = [
-        f"+judge={kind}", f"judge.client.base_url={server.base_url}",
+        f"judge={kind}", f"judge.client.base_url={server.base_url}",
         f"judge.client.model={server.model}", f"judge.client.cache={cache}", *overrides,
     ]  # fmt: skip
     with initialize_config_dir(conf_dir(), version_base="1.3"):

@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> 
     command = [sys.executable, "-m", "powerflow_lit.evaluate", "run=run", "rollout=hf"]
     small = ["samples_per_prompt=1", "decodings=[{temperature: 0.0, min_p: 0.0}]", "output=scored"]
     subprocess.run([*command, *small], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "scored" / "evaluation.json").exists()
+    assert (tmp_path / "scored" / "eval.json").exists()
 
 
 def test_resume_auto_finds_the_unfinished_twin(tmp_path: Path) -> None:

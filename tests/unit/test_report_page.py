@@ -21,6 +21,7 @@ from powerflow_lit import report
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.schema import ReportConfig
+from powerflow_lit.reporting.evaluations import pass_lines, read_evaluations
 from tests.run_folders import make_run, write_problems
 
 PASS = "val/pass@1"
@@ -185,9 +186,13 @@ def everything(folder: Path) -> Path:
     scored = folder / "scored"
     scored.mkdir()
     figures = {"val/avg@4": 0.25, "val/pass@4": 0.75, "val/maj@4": 0.5}
-    record = {"task": "arithmetic", "model": "embedded:tiny", "run": None,
-              "samples_per_prompt": 4, "results": {"T=1": figures}}  # fmt: skip
-    (scored / "evaluation.json").write_text(json.dumps(record))
+    record = {
+        "status": "finished",
+        "model": "embedded:tiny",
+        "run": None,
+        "benchmarks": {"arithmetic": {"T=1": {"metrics": figures, "samples_per_prompt": 4}}},
+    }
+    (scored / "eval.json").write_text(json.dumps(record))
     write_problems(scored, {"T=1": base}, 0)
     return folder / "runs"
 
@@ -296,12 +301,42 @@ def test_a_greedy_decoding_stands_under_avg_and_killed_evaluations_are_named(
     for folder in (whole, killed):
         folder.mkdir(parents=True)
         write_problems(folder, {"T=1": {"a": 0.5}}, 0)
-    decodings = {"T=1": {"val/avg@4": 0.5, "val/pass@4": 1.0, "val/pass@1": 0.5},
-                 "greedy": {"val/pass@1": 0.75, "val/avg@1": 0.75}}  # fmt: skip
-    record = {"model": "/models/some-model", "samples_per_prompt": 4, "results": decodings}
-    (whole / "evaluation.json").write_text(json.dumps(record))
+    decodings = {
+        "T=1": {"metrics": {"val/avg@4": 0.5, "val/pass@4": 1.0, "val/pass@1": 0.5},
+                "samples_per_prompt": 4},
+        "greedy": {"metrics": {"val/pass@1": 0.75, "val/avg@1": 0.75}, "samples_per_prompt": 1},
+    }  # fmt: skip
+    record = {"model": "/models/some-model", "benchmarks": {"arithmetic": decodings}}
+    (whole / "eval.json").write_text(json.dumps(record))
     _, page = reported(tmp_path, evaluations=[str(tmp_path / "ev")])
-    assert "killed: no evaluation.json" in page
+    assert "killed: no eval.json" in page
+    assert "whole: unfinished (still running, or killed)" in page
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| | samples | avg@4 | pass@4 |" in table
     assert "| some-model, greedy | 1 | 0.750 | - |" in table
+
+
+def test_several_benchmarks_of_an_evaluation_stand_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "ev"
+    folder.mkdir()
+    both = {
+        name: {"T=1": {"metrics": {"val/avg@4": share, "val/pass@2": 1.0, "val/pass@4": 1.0},
+                       "samples_per_prompt": 4}}
+        for name, share in (("math500", 0.5), ("aime24", 0.25))
+    }  # fmt: skip
+    record = {"status": "finished", "model": "/models/m", "benchmarks": both}
+    (folder / "eval.json").write_text(json.dumps(record))
+    rows = ["math500,0,T=1,1,0.25", "math500,0,T=1,2,0.75", "aime24,0,T=1,1,0.25"]
+    (folder / "problems.csv").write_text(
+        "\n".join(["benchmark,refill,decoding,prompt_id,avg@4", *rows, ""])
+    )
+    reported(tmp_path, runs=[], evaluations=[str(folder)])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| | samples | avg@4 | pass@4 |" in table, "of pass@k the one over all samples"
+    assert "| m, math500, T=1 | 4 | 0.500 [0.250, 0.750] |" in table
+    assert "| m, aime24, T=1 | 4 | 0.250 |" in table
+    found, _ = read_evaluations([str(folder)], {})
+    lines = pass_lines(found, [])
+    assert [(line.label, line.counts[0].tolist()) for line in lines] == [
+        ("m, math500, T=1", [1, 3]), ("m, aime24, T=1", [1]),
+    ]  # fmt: skip

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from powerflow_lit.config.identity import register_resolvers
+from powerflow_lit.config import identity, resolvers
 
-register_resolvers()
+identity.register_resolvers()
+resolvers.register_resolvers()
 
 
 def conf_dir() -> str:

@@ -42,6 +42,7 @@ class FinetuneConfig:
 @dataclass
 class DecodingConfig:
     temperature: float = MISSING
+    top_p: float = 1.0  # all of the vocabulary, unless a decoding says otherwise
     min_p: float = MISSING
 
 
@@ -202,11 +203,19 @@ class EvaluateConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: EvaluateRolloutConfig = field(default_factory=lambda: EvaluateRolloutConfig())
     run: str | None = MISSING
+    alpha: float = MISSING
+    benchmarks: dict[str, dict[str, Any]] = MISSING
+    benchmark_dir: str | None = MISSING
     decodings: list[DecodingConfig] = MISSING
+    samplers: dict[str, dict[str, Any]] = MISSING
+    judge: dict[str, Any] | None = MISSING
+    embedder: dict[str, Any] | None = MISSING
     samples_per_prompt: int = MISSING
     seed: int = MISSING
     tokens_per_microbatch: int = MISSING
     logit_chunk_mb: float = MISSING
+    bootstrap: BootstrapConfig = field(default_factory=lambda: BootstrapConfig())
+    calibrate: CalibrateConfig | None = None
     output: str = MISSING
 
 
@@ -216,6 +225,17 @@ class EvaluateRolloutConfig:
     max_prompt_tokens: int = MISSING
     logp_gap_limit: float = MISSING
     engine: dict[str, Any] = MISSING
+
+
+@dataclass
+class CalibrateConfig:
+    """What a figure of ours may lie off the published one."""
+
+    table: str = MISSING
+    method: str = MISSING
+    sampler: str = MISSING
+    tolerance: float = MISSING
+    standard_errors: float = MISSING
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,13 @@ AVG = re.compile(r"avg@(\d+)")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation folder as read."""
+    """One benchmark of an evaluation folder as read."""
 
     folder: Path
-    label: str  # of the model: strategy and alpha of its run, or its name
+    label: str  # of the model: strategy and alpha of its run, or its name; the benchmark's
     strategy: str | None
-    results: dict[str, dict[str, float]]  # val/ metrics by decoding
-    samples: Any  # a problem, where it is told
+    results: dict[str, dict[str, float]]  # val/ metrics by sampler
+    samples: dict[str, Any]  # a problem, by sampler, where it is told
     problems: Problems | None
 
 
@@ -50,32 +50,57 @@ def read_evaluations(
     for text in paths:
         folders = []
         for folder, files in walk(Path(text)):
-            if "evaluation.json" in files:
+            if "eval.json" in files:
                 folders.append(folder)
             elif "problems.csv" in files and "metrics.csv" not in files:
-                remarks.append(f"{folder}: no evaluation.json (still running, or killed)")
+                remarks.append(f"{folder}: no eval.json (of an older version, or lost)")
         if not folders:
-            remarks.append(f"{text}: no evaluation.json there")
+            remarks.append(f"{text}: no eval.json there")
         for folder in folders:
             try:
-                record = read_json(folder / "evaluation.json")
+                record = read_json(folder / "eval.json")
             except UnreadableError as error:
                 remarks.append(f"{folder}: {error}")
                 continue
-            said = record.get("results")
-            results = (
-                {str(k): numbers(v) for k, v in said.items()} if isinstance(said, dict) else {}
-            )
-            problems = read_problems(folder)
-            if not results and problems is None:
-                remarks.append(f"{folder}: evaluation.json holds no results; left out")
-                continue
-            if problems is None:
-                remarks.append(f"{folder}: no problems.csv: neither pass@k curve nor intervals")
-            label, strategy = _name(record, aliases)
-            count = record.get("samples_per_prompt")
-            found.append(Evaluated(folder, label, strategy, results, count, problems))
+            some, more = _benchmarks(folder, record, aliases)
+            found += some
+            remarks += more
     return _told_apart(found), remarks
+
+
+def _benchmarks(
+    folder: Path, record: Mapping[str, Any], aliases: Mapping[str, str]
+) -> tuple[list[Evaluated], list[str]]:
+    """The benchmarks of an eval.json that hold results, and remarks on what is missing."""
+    said = record.get("benchmarks")
+    said = (
+        {str(b): r for b, r in said.items() if isinstance(r, dict) and r}
+        if isinstance(said, dict)
+        else {}
+    )
+    if not said:
+        return [], [f"{folder}: eval.json holds no results; left out"]
+    remarks = []
+    if record.get("status") != "finished":
+        remarks.append(f"{folder}: unfinished (still running, or killed): what it has is shown")
+    problems = read_problems(folder)
+    if problems is None:
+        remarks.append(f"{folder}: no problems.csv: neither pass@k curve nor intervals")
+    label, strategy = _name(record, aliases)
+    found = []
+    for benchmark, results in said.items():
+        by_sampler = {str(k): v for k, v in results.items() if isinstance(v, dict)}
+        found.append(
+            Evaluated(
+                folder,
+                label if len(said) == 1 else f"{label}, {benchmark}",
+                strategy,
+                {k: numbers(v.get("metrics")) for k, v in by_sampler.items()},
+                {k: v.get("samples_per_prompt") for k, v in by_sampler.items()},
+                None if problems is None else problems.of(benchmark),
+            )
+        )
+    return found, remarks
 
 
 def _name(record: Mapping[str, Any], aliases: Mapping[str, str]) -> tuple[str, str | None]:
@@ -95,11 +120,9 @@ def _told_apart(found: list[Evaluated]) -> list[Evaluated]:
     """With the folder's name after a label that several share."""
     labels = [e.label for e in found]
     return [
-        e if labels.count(e.label) == 1
-        else Evaluated(e.folder, f"{e.label} ({e.folder.name})", e.strategy, e.results, e.samples,
-                       e.problems)
+        e if labels.count(e.label) == 1 else replace(e, label=f"{e.label} ({e.folder.name})")
         for e in found
-    ]  # fmt: skip
+    ]
 
 
 def table_of(
@@ -107,17 +130,23 @@ def table_of(
 ) -> tuple[list[str], list[Row]]:
     """Metrics (val/ left out) and a line for each model and decoding."""
     known = {n.removeprefix("val/") for e in found for m in e.results.values() for n in m}
-    names = matching(patterns, sorted(known))
+    names = matching(patterns, sorted(n for n in known if _of_all_samples(n, known)))
     rows = []
     for e in found:
         scores = e.problems.decodings() if e.problems else {}
         for decoding, metrics in e.results.items():
             one = [scores[decoding]] if decoding in scores else []
-            count = "1" if decoding == "greedy" else str(e.samples or "")
+            count = str(e.samples.get(decoding) or "")
             rows.append(
                 Row(f"{e.label}, {decoding}", count, cells([metrics], one, names, settings))
             )
     return names, rows
+
+
+def _of_all_samples(name: str, known: set[str]) -> bool:
+    """False for pass@k with fewer than all samples: those have a figure of their own."""
+    kind, _, k = name.partition("@")
+    return kind != "pass" or k == "1" or f"avg@{k}" in known
 
 
 def counts_of(scores: Scores) -> tuple[np.ndarray, int] | None:

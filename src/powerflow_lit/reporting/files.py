@@ -173,13 +173,21 @@ class Problems:
         whole = [r for r, size in sizes.items() if size == max(sizes.values())]
         return self._scores(self._rows[max(whole), "T=1"]) if whole else None
 
+    def of(self, benchmark: str) -> Problems:
+        """The rows of one benchmark; all of them where no column names any."""
+        at = self.sheet.columns.get("benchmark")
+        if at is None:
+            return self
+        rows = [row for row in self.sheet.rows if row[at] == benchmark]
+        return Problems(Sheet(self.sheet.columns, rows, self.sheet.cut))
+
     def decodings(self) -> dict[str, Scores]:
         """Scores by decoding whatever the refill (the folders of `evaluate`)."""
         return {d: self._scores(rows) for (_, d), rows in self._rows.items()}
 
     def _scores(self, rows: list[list[str]]) -> Scores:
         named = {n: i for n, i in self.sheet.columns.items()
-                 if n not in ("refill", "decoding", "prompt_id")}  # fmt: skip
+                 if n not in ("benchmark", "refill", "decoding", "prompt_id")}  # fmt: skip
         at = self.sheet.columns["prompt_id"]
         unique = {row[at]: row for row in rows}  # a resumed run may repeat one: the last counts
         values = [[number(row[i]) for i in named.values()] for row in unique.values()]

@@ -48,10 +48,13 @@ class RolloutEngine(Protocol):
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         on_progress: Callable[[int, int], None] | None = None,
+        *,
+        max_new_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions for each prompt's token ids, reproducible by seed.
 
         `on_progress(responses finished, tokens so far)` is called as the work goes on.
+        `max_new_tokens` gives each prompt a limit of its own in place of the sampling's.
         """
         ...
 

@@ -53,10 +53,17 @@ class HfEngine:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         on_progress: Callable[[int, int], None] | None = None,
+        *,
+        max_new_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         if self.policy_version < 0:
             raise EngineError("generate before the first sync")
-        rows = [list(p) for p in prompts for _ in range(sampling.samples_per_prompt)]
+        limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
+        rows = [
+            (list(prompt), limit)
+            for prompt, limit in zip(prompts, limits, strict=True)
+            for _ in range(sampling.samples_per_prompt)
+        ]
         completions: list[Completion] = []
         tokens = 0
         devices = [self._model.device] if self._model.device.type == "cuda" else []
@@ -88,7 +95,8 @@ class HfEngine:
     def close(self) -> None:
         """Nothing to free beyond the copy itself."""
 
-    def _generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+    def _generate(self, rows: list[tuple[list[int], int]], sampling: Sampling) -> list[Completion]:
+        prompts = [prompt for prompt, _ in rows]
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
         attention = torch.zeros_like(ids)
@@ -102,7 +110,7 @@ class HfEngine:
             top_p=None if greedy else sampling.top_p,
             top_k=None if greedy else 0,
             min_p=None if greedy or sampling.min_p == 0 else sampling.min_p,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(limit for _, limit in rows),
             pad_token_id=self._pad_id,
             eos_token_id=self._eos_id,
         )
@@ -111,7 +119,9 @@ class HfEngine:
             attention_mask=attention.to(self._model.device),
             generation_config=config,
         )
-        responses = [self._cut(row) for row in output[:, width:].tolist()]
+        # rows run to the longest limit; cutting them changes nothing of what came before
+        found = zip(output[:, width:].tolist(), rows, strict=True)
+        responses = [self._cut(ids)[:limit] for ids, (_, limit) in found]
         # generate's own scores are (T, N, V): a second pass needs far less memory
         scores = self.score(list(zip(prompts, responses, strict=True)))
         return [

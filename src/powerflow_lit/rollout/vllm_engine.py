@@ -203,7 +203,10 @@ class VllmEngine:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         on_progress: Callable[[int, int], None] | None = None,
+        *,
+        max_new_tokens: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
+        limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
         # vLLM refuses several greedy samples of a prompt, which would be copies
         distinct = 1 if sampling.temperature == 0 else sampling.samples_per_prompt
         copies = sampling.samples_per_prompt // distinct
@@ -215,7 +218,7 @@ class VllmEngine:
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     min_p=sampling.min_p,
-                    max_tokens=sampling.max_new_tokens,
+                    max_tokens=limit,
                     seed=sampling.seed + SEED_STRIDE * index,
                     stop_token_ids=[self._eos_id],
                     logprobs=0,
@@ -223,7 +226,7 @@ class VllmEngine:
                     output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
                 ),
             )
-            for index, prompt in enumerate(prompts)
+            for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
         results = self._run(requests, on_progress)
         return [[_completion(output) for output in result.outputs] * copies for result in results]

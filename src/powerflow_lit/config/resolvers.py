@@ -1,0 +1,41 @@
+"""Resolvers of conf/evaluate.yaml: arithmetic that a yaml cannot say otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def inverse(value: Any) -> float:
+    """`${inverse:${alpha}}`: the temperature 1/alpha.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    number = _number(value, "inverse")
+    if number <= 0:
+        raise ValueError(f"alpha={value}: must be positive")
+    return 1 / number
+
+
+def times(one: Any, other: Any) -> int:
+    """`${times:5,${rollout.max_new_tokens}}`: a product of whole numbers."""
+    return int(_number(one, "times") * _number(other, "times"))
+
+
+def if_benchmarks(chosen: Any, otherwise: Any, *, _root_: DictConfig) -> Any:
+    """`${if_benchmarks:3072,${task.max_new_tokens}}`: the first where benchmarks are chosen."""
+    return chosen if _root_.get("benchmarks") else otherwise
+
+
+def _number(value: Any, resolver: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number ({resolver})")
+    return float(value)
+
+
+def register_resolvers() -> None:
+    """Make them known to OmegaConf; safe to call again."""
+    for resolver in (inverse, times, if_benchmarks):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -1,0 +1,1 @@
+"""What `powerflow_lit.evaluate` does: benchmarks, samplers and scores, kept as the work goes on."""
