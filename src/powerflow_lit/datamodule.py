@@ -165,7 +165,7 @@ class RolloutDataModule(L.LightningDataModule):
         pairs = zip(
             self._log_probs(self._module.policy, rows), self.engine.score(rows), strict=True
         )
-        self._refuse_gap(max(float((a - torch.tensor(b)).abs().max()) for a, b in pairs))
+        self._refuse_gap(max(float((a[: len(b)] - torch.tensor(b)).abs().max()) for a, b in pairs))
 
     def close(self) -> None:
         """Free the engine; safe to call twice."""

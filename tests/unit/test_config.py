@@ -158,7 +158,6 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("finetune=lora", "finetune.dropout=0.1"), "finetune.dropout=0.1: must be 0"),
         (("finetune=lora", "finetune.rank=0"), "finetune.rank=0"),
         (("finetune=lora", "finetune.lora_alpha=null"), "finetune.lora_alpha=null"),
-        (("finetune=lora", "model.base_dtype=bfloat16"), "the base is the policy itself"),
         (("finetune.lr_factor=0",), "finetune.lr_factor=0.0: must be positive"),
         (("model.lr=fast",), "model.lr.*fast"),
         (("callbacks.export_dtype=int4",), "callbacks.export_dtype=int4"),

@@ -20,8 +20,9 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import typed
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.evaluate import build_samplers
-from powerflow_lit.models.loading import load_tokenizer, policy_weights
+from powerflow_lit.models.loading import load_tokenizer
 from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.rollout.hf_engine import HfEngine
 from powerflow_lit.samplers import (

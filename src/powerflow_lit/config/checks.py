@@ -143,11 +143,6 @@ def _check_finetune(config: TrainConfig) -> None:
     for name in settings.keys() - given.keys():
         raise ConfigError(f"finetune.{name}=null: finetune=lora needs it")
     _require((tuned.rank or 0) >= 1, f"finetune.rank={tuned.rank}: must be 1 or more")
-    _require(
-        config.model.base_dtype == config.model.dtype,
-        f"model.base_dtype={config.model.base_dtype} with finetune=lora: the base is the policy "
-        f"itself, in model.dtype={config.model.dtype}",
-    )
 
 
 def _check_monitor(config: TrainConfig) -> None:

@@ -59,7 +59,10 @@ class RolloutEngine(Protocol):
         ...
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
-        """Log-probs (nats) of given responses after given prompts, one list a row."""
+        """Log-probs (nats) of given responses after given prompts, one list a row.
+
+        A row that fills the model's whole context may lack its last token.
+        """
         ...
 
     def close(self) -> None:

@@ -142,8 +142,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "hf_overrides": {"tie_word_embeddings": False},
-            "max_model_len": spec.max_model_len
-            + 1,  # scoring the longest row samples one token more
+            "max_model_len": _room(spec),
             "seed": spec.seed,
             "dtype": dtype,
             "max_num_seqs": max_num_seqs,
@@ -174,8 +173,7 @@ class VllmEngine:
                 with classes_kept(spec.policy, self._apply):
                     self._llm = vllm.LLM(**arguments)
             except (ValueError, TypeError, RuntimeError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise EngineError(f"vLLM refuses {spec.model_path}: {reason}") from error
+                raise EngineError(f"vLLM refuses {spec.model_path}: {_why(error, spec)}") from error
         self.policy_version = -1
         self._weight_names = set(policy_weights(spec.policy))
         try:
@@ -184,6 +182,7 @@ class VllmEngine:
             self.close()
             raise
         self._policy, self._eos_id = spec.policy, spec.eos_id
+        self._room = _room(spec)
         self._requests = 0
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
@@ -235,11 +234,12 @@ class VllmEngine:
         parameters = self._vllm.SamplingParams(
             max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=1.0
         )
-        results = self._run([([*p, *r], parameters) for p, r in rows], None)
+        fed = [[*p, *r][: self._room - 1] for p, r in rows]
+        results = self._run([(ids, parameters) for ids in fed], None)
         scores = []
-        for (prompt, response), result in zip(rows, results, strict=True):
-            entries = result.prompt_logprobs[len(prompt) :]
-            scores.append([e[t].logprob for e, t in zip(entries, response, strict=True)])
+        for (prompt, _), ids, result in zip(rows, fed, results, strict=True):
+            places = zip(result.prompt_logprobs[len(prompt) :], ids[len(prompt) :], strict=True)
+            scores.append([entry[token].logprob for entry, token in places])
         return scores
 
     def close(self) -> None:
@@ -318,6 +318,28 @@ class VllmEngine:
                 engine.abort_request([str(first + i) for i in range(len(requests))])
                 raise
         return [results[first + i] for i in range(len(requests))]
+
+
+def _why(error: Exception, spec: EngineSpec) -> str:
+    """What vLLM says, in a line, or what it means where the sequences are too long."""
+    context = _context(spec)
+    if context is not None and spec.max_model_len > context and "max_model_len" in str(error):
+        return (
+            f"prompt and response may take {spec.max_model_len} tokens together, the model's "
+            f"context is {context}: lower rollout.max_new_tokens or rollout.max_prompt_tokens"
+        )
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    said = [line for line in lines if line and "validation error for" not in line]
+    return said[0] if said else type(error).__name__
+
+
+def _context(spec: EngineSpec) -> int | None:
+    return getattr(spec.policy.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _room(spec: EngineSpec) -> int:
+    """Tokens a request may take: scoring the longest row samples one more, if the model has it."""
+    return spec.max_model_len + (spec.max_model_len != _context(spec))
 
 
 def _completion(output: Any) -> Completion:
