@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Cell:
 @dataclass(frozen=True)
 class Measured:
     seconds: float  # median of the repeats, forward and backward
+    cpu_seconds: float  # the same in CPU time, which a busy machine changes less
     peak_mb: float  # MB (10^6 bytes) beyond inputs and gradients
     value_error: float | None  # nats, largest difference from the naive method
     gradient_error: float | None  # largest difference, as a share of the largest entry
@@ -156,9 +158,10 @@ def measure_here(cell: Cell) -> Measured:
     del warm
     inputs = inputs_of(cell)
     seconds, peak = [], 0.0
+    cpu = []
     for _ in range(cell.repeats):
         before = held(cell.device, start=True)
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         log_prob = forward(cell, inputs)
         middle = time.perf_counter()
         in_forward = held(cell.device, start=False) - before
@@ -166,12 +169,13 @@ def measure_here(cell: Cell) -> Measured:
         resumed = time.perf_counter()
         gradients = backward(cell, inputs, log_prob)
         seconds.append(time.perf_counter() - resumed + middle - begun)
+        cpu.append(time.process_time() - cpu_begun)
         kept = sum(g.nbytes for g in gradients)
         peak = max(peak, in_forward, held(cell.device, start=False) - before - kept)
         errors = None, None
         if cell.rows <= WHOLE_ROWS and cell.method not in WHOLE:
             errors = differences(cell, inputs, log_prob, gradients)
-    return Measured(sorted(seconds)[len(seconds) // 2], peak / 1e6, *errors)
+    return Measured(median(seconds), median(cpu), peak / 1e6, *errors)
 
 
 def held(device: str, *, start: bool) -> int:
@@ -201,13 +205,13 @@ def differences(
 
 
 def table(measured: dict[Cell, Measured]) -> str:
-    head = f"{'method':<22}{'rows':>6}{'chunk':>7}{'seconds':>9}{'peak MB':>9}"
+    head = f"{'method':<22}{'rows':>6}{'chunk':>7}{'seconds':>9}{'CPU s':>8}{'peak MB':>9}"
     head += f"{'value error':>13}{'gradient error':>16}"
     lines = [head, "-" * len(head)]
     for cell, found in measured.items():
         lines.append(
             f"{cell.method:<22}{cell.rows:>6}{'' if cell.method in WHOLE else cell.chunk:>7}"
-            f"{found.seconds:>9.2f}{found.peak_mb:>9.0f}"
+            f"{found.seconds:>9.2f}{found.cpu_seconds:>8.2f}{found.peak_mb:>9.0f}"
             + (
                 ""
                 if found.value_error is None
