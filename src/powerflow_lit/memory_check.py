@@ -79,7 +79,7 @@ def workload(config: TrainConfig, on: Device) -> Workload:
         longest_row=rollout.max_prompt_tokens + rollout.max_new_tokens,
         longest_response=rollout.max_new_tokens,
         rows_per_update=max(groups * rollout.samples_per_prompt, 1),
-        rows_per_chunk=None,
+        logit_chunk_mb=None,
         head_width=config.log_z.get("width"),
         engine=_engine(config, half or model.dtype, on),
     )
