@@ -79,7 +79,7 @@ def workload(config: TrainConfig, on: Device) -> Workload:
         longest_row=rollout.max_prompt_tokens + rollout.max_new_tokens,
         longest_response=rollout.max_new_tokens,
         rows_per_update=max(groups * rollout.samples_per_prompt, 1),
-        logit_chunk_bytes=int(config.logit_chunk_mb * 1e6),
+        logit_chunk_mb=config.logit_chunk_mb,
         head_width=config.log_z.get("width"),
         engine=_engine(config, half or model.dtype, on),
     )

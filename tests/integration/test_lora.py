@@ -22,7 +22,9 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
 from powerflow_lit.export import export
+from powerflow_lit.models.embedded import folder_of
 from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.resume import load_policy
 from powerflow_lit.types import TokenBatch
 from tests.integration.test_commands import rows_of, summary_of, train
 from tests.integration.test_resume import final_state, killed_at
@@ -140,3 +142,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
         assert {k: v for k, v in one.items() if not k.startswith("perf/")} == {
             k: v for k, v in other.items() if not k.startswith("perf/")
         }
+    # before there is an export, the policy is read from the checkpoint: the same merged weights
+    run = tmp_path / "whole"
+    exported = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(folder_of("tiny"), dtype=torch.float32)
+    merged = load_policy(start, run).state_dict()
+    assert all(torch.equal(v, merged[name]) for name, v in exported.state_dict().items())

@@ -48,7 +48,7 @@ def work(**changes: object) -> Workload:
     plain = Workload(
         dtype="float32", base_dtype="float32", lora=None, autocast=False,
         gradient_checkpointing=False, tokens_per_microbatch=4096, longest_row=2048,
-        longest_response=1024, rows_per_update=64, logit_chunk_bytes=128_000_000, head_width=None,
+        longest_response=1024, rows_per_update=64, logit_chunk_mb=128, head_width=None,
         engine=HF,
     )  # fmt: skip
     return replace(plain, **changes)  # type: ignore[arg-type]
@@ -93,6 +93,21 @@ def test_weights_gradients_moments_and_base_are_counted_in_their_types(qwen_7b: 
     assert sizes["frozen base"] == 0
     assert sizes["AdamW moments"] == 8 * adapted.trainable < 0.1 * sizes["policy weights"]
     assert lora.total < 0.5 * estimate(model, work()).total
+
+
+def test_logits_in_chunks_do_not_grow_with_the_microbatch(qwen_7b: Path) -> None:
+    config = load_config(str(qwen_7b), trust_remote_code=False)
+    model = architecture(config, None, trust_remote_code=False)
+
+    def log_probs(**changes: object) -> int:
+        items = estimate(model, work(**changes)).items
+        return next(i.size for i in items if i.name == "log-probs")
+
+    assert log_probs() == 3 * 2048 * 152064 * 4
+    chunked = log_probs(logit_chunk_mb=256.0)
+    assert chunked == log_probs(logit_chunk_mb=256.0, tokens_per_microbatch=32768)
+    # logits, as much again, and the float32 gradient of the output layer
+    assert chunked == pytest.approx(2 * 256e6 + 4 * 152064 * 3584, rel=0.01)
 
 
 def saved_bytes(model: torch.nn.Module, tokens: int) -> int:

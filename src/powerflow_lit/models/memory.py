@@ -63,7 +63,7 @@ class Workload:
     longest_row: int  # prompt and response, tokens
     longest_response: int
     rows_per_update: int  # trajectories
-    logit_chunk_bytes: int  # float32 logits held at once
+    logit_chunk_mb: float  # MB of float32 logits at a time
     head_width: int | None  # of the Z' head
     engine: EngineMemory
 
@@ -162,11 +162,17 @@ def _update(model: Architecture, work: Workload, tokens: int) -> list[Item]:
     how = f"{_n(tokens)} tokens"
     if work.gradient_checkpointing:
         how += ", checkpointed"
-    items = [Item("activations", activation_bytes(model, work, tokens), how, "update")]
+    # gate, up and their product have a gradient each while a layer's backward pass is under way
+    size = 2 if work.autocast else BYTES[work.dtype]
+    flying = 3 * model.feed_forward * size * tokens
+    items = [
+        Item("activations", activation_bytes(model, work, tokens), how, "update"),
+        Item("their gradients", flying, "of one layer", "update"),
+    ]
     share = work.longest_response / work.longest_row
     responses = max(int(tokens * share), 1)
     # logits and one array of their size; the output layer's gradient is summed in float32
-    rows = min(max(work.logit_chunk_bytes // (4 * model.vocabulary), 1), responses)
+    rows = min(max(int(work.logit_chunk_mb * 1e6 / 4 / model.vocabulary), 1), responses)
     logits = 2 * rows * model.vocabulary * 4
     logits += 0 if work.lora else model.vocabulary * model.hidden * 4
     items.append(Item("log-probs", logits, f"{_n(rows)} rows of {_n(model.vocabulary)}", "update"))
