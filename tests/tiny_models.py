@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 Kind = Literal["qwen2", "llama", "gpt_neox", "gemma", "gemma2", "gemma3_text", "phi", "qwen3_moe"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+DENSE = tuple(kind for kind in KINDS if kind != "qwen3_moe")  # linear layers all
 
 # the padding is named as Qwen names it: its tokenizer class adds a token of that name where none is
 PAD, END = "<|endoftext|>", "<|end|>"

@@ -37,7 +37,8 @@ REFILLS = 10
 def score(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
         batch = TokenBatch.collate(ROWS, pad_id=0)
-        return response_scores(model, batch, tokens_per_microbatch=10_000).log_prob
+        scores = response_scores(model, batch, tokens_per_microbatch=10_000, logit_chunk_mb=1)
+        return scores.log_prob
 
 
 class Watch(Callback):

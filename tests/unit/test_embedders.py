@@ -28,7 +28,7 @@ TEXTS = ["the cat sat", "", "a dog ran off", "  \n", "the cat sat"]
 
 def built(*overrides: str) -> Embedder:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        config = compose("evaluate", overrides=[f"+{overrides[0]}", *overrides[1:]])
+        config = compose("evaluate", overrides=list(overrides))
     return instantiate(config.embedder)
 
 

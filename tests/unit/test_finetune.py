@@ -27,7 +27,7 @@ from powerflow_lit.models.lora import (
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.precision import WeightsInHalf, with_half_precision
 from powerflow_lit.types import TokenBatch
-from tests.tiny_models import KINDS, Kind, make_tiny_model
+from tests.tiny_models import DENSE, Kind, make_tiny_model
 from tests.unit.test_module import batch, gradients, head, module, step
 
 ALL = LoraSettings(rank=4, lora_alpha=8.0, target_modules="all-linear")
@@ -52,10 +52,10 @@ def with_adapter(model: PreTrainedModel, settings: LoraSettings = ALL) -> PreTra
 def score(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
         rows = TokenBatch.collate(ROWS, pad_id=0)
-        return response_scores(model, rows, tokens_per_microbatch=LARGE).log_prob
+        return response_scores(model, rows, tokens_per_microbatch=LARGE, logit_chunk_mb=1).log_prob
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENSE)
 def test_merged_weights_have_a_plain_models_names_and_the_policys_log_probs(
     tmp_path: Path, kind: Kind
 ) -> None:
@@ -204,7 +204,7 @@ def runs_of_layers(model: PreTrainedModel) -> dict[str, int]:
 def gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     rows = TokenBatch.collate(ROWS, pad_id=0)
-    log_prob = response_scores(model, rows, tokens_per_microbatch=LARGE).log_prob
+    log_prob = response_scores(model, rows, tokens_per_microbatch=LARGE, logit_chunk_mb=1).log_prob
     (log_prob.sum(1) ** 2).mean().backward()
     found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return log_prob.detach(), torch.cat(found)
@@ -244,7 +244,7 @@ def test_checkpointing_also_trains_an_adapter_under_split_microbatches(tmp_path:
     checkpoint_layers(model)
     model.zero_grad()
     rows = TokenBatch.collate(ROWS, pad_id=0)
-    log_prob = response_scores(model, rows, tokens_per_microbatch=1).log_prob
+    log_prob = response_scores(model, rows, tokens_per_microbatch=1, logit_chunk_mb=1).log_prob
     (log_prob.sum(1) ** 2).mean().backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -298,3 +298,11 @@ def test_in_16_bits_log_probs_log_z_and_the_loss_are_float32(how: str) -> None:
     exact = trained.objective(type(inputs)(**wide), alpha=3.0).loss
     assert output.loss.item() == pytest.approx(exact.item(), rel=1e-5)
     assert gradients(trained).isfinite().all()
+
+
+def test_experts_carry_no_adapter_and_the_refusal_says_what_does(tmp_path: Path) -> None:
+    mixture = load(tmp_path, "qwen3_moe")
+    with pytest.raises(ModelError, match=r"cannot carry an adapter.*q_proj,k_proj"):
+        add_lora(mixture, LoraSettings(rank=2, lora_alpha=2, target_modules="all-linear"))
+    attention = LoraSettings(rank=2, lora_alpha=2, target_modules=("q_proj", "v_proj"))
+    add_lora(load(tmp_path / "again", "qwen3_moe"), attention)

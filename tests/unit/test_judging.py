@@ -26,7 +26,7 @@ JOKE = {"funniness": 0.40, "cleverness": 0.25, "originality": 0.20, "structure":
 
 def composed(*overrides: str) -> Any:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        return compose("evaluate", overrides=[f"+{overrides[0]}", *overrides[1:]])
+        return compose("evaluate", overrides=list(overrides))
 
 
 def judge(kind: str, server: Server, *overrides: str) -> Assessor:

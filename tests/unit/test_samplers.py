@@ -300,7 +300,7 @@ def test_verbalized_sampling_takes_its_samples_from_few_calls_and_counts_what_is
     three = json.dumps([{"text": t, "probability": 0.3} for t in "abc"])
     one = json.dumps([{"text": "d", "probability": 0.3}])
     engine = Answering([three, one, three, "no JSON", "neither", "nor this"])
-    policy = Policy(engine, None, Scripted(), "plain", 1)  # type: ignore[arg-type]
+    policy = Policy(engine, None, Scripted(), "plain", 1, 1.0)  # type: ignore[arg-type]
     sampler = VerbalizedSampling(2, ASK, 1.0, 1.0, tokens_per_call=70)
     prompts = [Prompt(7, "Say a letter."), Prompt(8, "Again.")]
     draws = sampler.sample(policy, prompts, [(1,), (2,)], EvaluationSettings(5, 30, 3), None)

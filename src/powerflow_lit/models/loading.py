@@ -78,7 +78,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool, revision: str | None =
     Raises:
         ModelError: no tokenizer there, or it has no end-of-sequence token.
     """
-    folder = local_folder(path, revision=revision, weights=False)
+    alone = Path(path).expanduser()
+    if (
+        revision is None and (alone / "tokenizer_config.json").is_file()
+    ):  # enough, even where there is no model
+        folder = str(alone)
+    else:
+        folder = local_folder(path, revision=revision, weights=False)
     if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
         raise ModelError(
             f"model.path={path}: no tokenizer there (tokenizer.json, tokenizer_config.json): "

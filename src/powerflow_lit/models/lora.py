@@ -60,7 +60,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         if layer is output or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             raise ModelError(
                 f"finetune.target_modules={targets}: {name} cannot carry an adapter, only linear "
-                "layers before the output layer can (all-linear takes all of these)"
+                "layers before the output layer can: name those, as in "
+                "'finetune.target_modules=[q_proj,k_proj,v_proj,o_proj]'"
             )
     for parameter in model.parameters():
         if parameter.requires_grad:
