@@ -24,7 +24,7 @@ from powerflow_lit.evaluation import Decoding, EvaluationSettings
 from powerflow_lit.interrupt import StopOnInterrupt
 from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
-from powerflow_lit.models.loading import load_model, load_tokenizer, local_folder
+from powerflow_lit.models.loading import end_ids, load_model, load_tokenizer, local_folder
 from powerflow_lit.models.logprobs import check_output_layer
 from powerflow_lit.models.lora import LoraSettings, add_lora
 from powerflow_lit.models.prompting import route_line
@@ -89,7 +89,7 @@ def build_engine(
         policy=policy,
         model_path=local_folder(model.path, revision=model.revision),
         pad_id=int(tokenizer.pad_token_id),
-        eos_id=int(tokenizer.eos_token_id),
+        eos_ids=end_ids(policy, tokenizer, model.stop_tokens),
         max_model_len=max_model_len,
         seed=seed,
         trust_remote_code=model.trust_remote_code,

@@ -29,7 +29,12 @@ from powerflow_lit.console import quiet, wide_console
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.evaluating import calibration
 from powerflow_lit.evaluating.benchmarks import Benchmark, located, prepared
-from powerflow_lit.evaluating.plan import embedder_name, longest_sequence, settings_of
+from powerflow_lit.evaluating.plan import (
+    embedder_name,
+    engine_gap,
+    longest_sequence,
+    settings_of,
+)
 from powerflow_lit.evaluating.record import Record
 from powerflow_lit.evaluating.scores import Assessor
 from powerflow_lit.evaluating.session import averages, evaluate_all
@@ -163,6 +168,14 @@ def _sample(
             config.tokens_per_microbatch,
             config.logit_chunk_mb,
         )
+        gap = engine_gap(policy, benchmarks[0].prompt_ids)
+        record.data["engine_logp_gap"] = gap
+        if not gap <= config.rollout.logp_gap_limit:
+            record.note(
+                f"engine and trainer differ by up to {gap:.3g} nats a token (limit "
+                f"{config.rollout.logp_gap_limit:g}): rounding where model.engine_dtype is of 16 "
+                "bits (under 1 or so), else the figures are not the model's"
+            )
         evaluate_all(policy, benchmarks, samplers, settings, record, assessor, config.bootstrap)
     finally:
         engine.close()

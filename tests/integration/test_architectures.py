@@ -35,7 +35,7 @@ def load(folder: Path, kind: Kind) -> PreTrainedModel:
 
 def engine_of(policy: PreTrainedModel, folder: Path, pad_id: int, eos_id: int) -> RolloutEngine:
     spec = EngineSpec(
-        policy, str(folder), pad_id=pad_id, eos_id=eos_id, max_model_len=128, seed=0,
+        policy, str(folder), pad_id=pad_id, eos_ids=(eos_id,), max_model_len=128, seed=0,
         trust_remote_code=False,
     )  # fmt: skip
     return VllmEngine(

@@ -41,7 +41,7 @@ def hf_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
 
 def spec(policy: PreTrainedModel, path: Path | str) -> EngineSpec:
     return EngineSpec(
-        policy, str(path), pad_id=0, eos_id=2, max_model_len=64, seed=0, trust_remote_code=False
+        policy, str(path), pad_id=0, eos_ids=(2,), max_model_len=64, seed=0, trust_remote_code=False
     )
 
 

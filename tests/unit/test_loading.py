@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from powerflow_lit.models import hub
 from powerflow_lit.models.errors import ModelError
-from powerflow_lit.models.loading import load_config, load_model, load_tokenizer
+from powerflow_lit.models.loading import end_ids, load_config, load_model, load_tokenizer
 from powerflow_lit.models.prompting import encode_prompts, render, route_line
 from powerflow_lit.types import Prompt
 from tests.tiny_models import make_tiny_model
@@ -185,3 +185,19 @@ def test_an_adapters_learning_rate_is_the_models_times_a_factor(
     overrides: tuple[str, ...], lr: float
 ) -> None:
     assert checked(*overrides).optimizer.lr == pytest.approx(lr, rel=1e-12)
+
+
+def test_every_token_that_may_end_a_response_does(tmp_path: Path) -> None:
+    folder = str(make_tiny_model(tmp_path, "llama"))
+    model = load_model(folder, dtype="float32", attn_implementation="sdpa", trust_remote_code=False)
+    tokenizer = load_tokenizer(folder, trust_remote_code=False)
+    own = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = own
+    assert end_ids(model, tokenizer, []) == (own,)
+    model.generation_config.eos_token_id = [7, own, 9]  # as chat models have it
+    assert set(end_ids(model, tokenizer, [])) == {own, 7, 9}
+    model.generation_config.eos_token_id = None
+    letter = tokenizer.convert_ids_to_tokens(40)
+    assert end_ids(model, tokenizer, [letter]) == (own, 40)
+    with pytest.raises(ModelError, match=r"model.stop_tokens: '<\|none_such\|>' is no token"):
+        end_ids(model, tokenizer, ["<|none_such|>"])

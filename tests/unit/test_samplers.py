@@ -66,7 +66,7 @@ def policy(tokenizer: Tokenizer) -> Policy:
     torch.set_num_threads(1)  # so small a model gains nothing from more
     model = language_model()
     spec = EngineSpec(
-        model, "random", pad_id=0, eos_id=EOS, max_model_len=64, seed=0, trust_remote_code=False
+        model, "random", pad_id=0, eos_ids=(EOS,), max_model_len=64, seed=0, trust_remote_code=False
     )
     engine = HfEngine(
         spec, sequences_per_batch=CHAINS, tokens_per_microbatch=10**6, logit_chunk_mb=64
@@ -272,7 +272,9 @@ class Scripted:
 
     pad_token_id, unk_token_id, chat_template = 0, None, None
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str | list[str], add_special_tokens: bool) -> dict[str, list]:
+        if isinstance(text, list):
+            return {"input_ids": [[ord(c) for c in each] for each in text]}
         return {"input_ids": [ord(c) for c in text]}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:

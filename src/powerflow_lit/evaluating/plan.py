@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -14,8 +15,11 @@ from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.evaluating.benchmarks import Benchmark
 from powerflow_lit.models.loading import ModelError
-from powerflow_lit.samplers import Decoding, EvaluationSettings, Sampler
+from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.samplers import Decoding, EvaluationSettings, Policy, Sampler
+from powerflow_lit.types import TokenBatch
 
+GAP_PROMPTS, GAP_TOKENS = 4, 256  # on which engine and trainer are compared
 # of an engine: how much memory it takes and how fast it is, not what it samples from
 ENGINE_MEANS = (
     "_partial_", "max_num_seqs", "kv_cache_gb", "gpu_memory_utilization", "enforce_eager",
@@ -70,7 +74,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """All that decides the figures, for eval.json and for going on with an old folder."""
     whole = as_dict(config)
-    names = ("path", "revision", "prompt_route", "dtype", "engine_dtype")
+    names = ("path", "revision", "stop_tokens", "prompt_route", "dtype", "engine_dtype")
     engine = {k: v for k, v in config.rollout.engine.items() if k not in ENGINE_MEANS}
     return {
         "model": {n: whole["model"][n] for n in names} | {"weights": fingerprint(model)},
@@ -90,6 +94,27 @@ def settings_of(
             for n, s in samplers.items()
         },
     }
+
+
+def engine_gap(policy: Policy, prompt_ids: Sequence[tuple[int, ...]]) -> float:
+    """Largest difference of engine and trainer on tokens of a few prompts, nats.
+
+    What an engine lost or muddled of the weights would otherwise show in figures alone.
+    """
+    chosen = [ids[:GAP_TOKENS] for ids in prompt_ids if len(ids) > 1][:GAP_PROMPTS]
+    rows = [(ids[:1], ids[1:]) for ids in chosen]
+    if not rows:
+        return 0.0
+    batch = TokenBatch.collate(rows, int(policy.tokenizer.pad_token_id))
+    with torch.no_grad():
+        ours = response_scores(
+            policy.model,
+            batch.to(policy.model.device),
+            tokens_per_microbatch=policy.tokens_per_microbatch,
+            logit_chunk_mb=policy.logit_chunk_mb,
+        ).log_prob.cpu()
+    pairs = zip(ours, policy.engine.score(rows), strict=True)
+    return max(float((a[: len(b)] - torch.tensor(b)).abs().max()) for a, b in pairs)
 
 
 def _what_decides(node: Mapping[str, Any]) -> dict[str, Any]:

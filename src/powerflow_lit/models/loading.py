@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,10 +80,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool, revision: str | None =
         ModelError: no tokenizer there, or it has no end-of-sequence token.
     """
     alone = Path(path).expanduser()
-    if (
-        revision is None and (alone / "tokenizer_config.json").is_file()
-    ):  # enough, even where there is no model
-        folder = str(alone)
+    if revision is None and (alone / "tokenizer_config.json").is_file():
+        folder = str(alone)  # a tokenizer without a model will do
     else:
         folder = local_folder(path, revision=revision, weights=False)
     if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
@@ -138,6 +137,28 @@ def load_model(
             "leaves out: set model.attn_implementation=eager"
         )
     return model.eval()
+
+
+def end_ids(
+    model: PreTrainedModel, tokenizer: Tokenizer, further: Sequence[str]
+) -> tuple[int, ...]:
+    """Ids of the tokens that end a response: the tokenizer's, the model's own, and `further` ones.
+
+    Chat models name several in their generation_config.json; an engine that knew but one would let
+    the others' responses run on.
+
+    Raises:
+        ModelError: one of `further` is no single token of the tokenizer.
+    """
+    ids = [int(tokenizer.eos_token_id)]
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids += own if isinstance(own, list) else [] if own is None else [own]
+    vocabulary = tokenizer.get_vocab()
+    for text in further:
+        if text not in vocabulary:
+            raise ModelError(f"model.stop_tokens: {text!r} is no token of this tokenizer")
+        ids.append(vocabulary[text])
+    return tuple(dict.fromkeys(i for i in ids if i < len(tokenizer)))
 
 
 def _check_folder(path: str, folder: Path) -> None:

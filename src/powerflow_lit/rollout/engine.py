@@ -23,7 +23,7 @@ class EngineSpec:
     policy: PreTrainedModel
     model_path: str  # folder or hub id whose config shapes the engine
     pad_id: int
-    eos_id: int  # the token that ends a response
+    eos_ids: tuple[int, ...]  # the tokens that end a response, each
     max_model_len: int  # prompt and response, tokens
     seed: int
     trust_remote_code: bool

@@ -36,7 +36,7 @@ class HfEngine:
         logit_chunk_mb: float,
     ) -> None:
         self._model: Any = plain_copy(spec.policy)
-        self._pad_id, self._eos_id = spec.pad_id, spec.eos_id
+        self._pad_id, self._eos_ids = spec.pad_id, spec.eos_ids
         self._sequences_per_batch = sequences_per_batch
         self._tokens_per_microbatch = tokens_per_microbatch
         self._logit_chunk_mb = logit_chunk_mb
@@ -112,7 +112,7 @@ class HfEngine:
             min_p=None if greedy or sampling.min_p == 0 else sampling.min_p,
             max_new_tokens=max(limit for _, limit in rows),
             pad_token_id=self._pad_id,
-            eos_token_id=self._eos_id,
+            eos_token_id=list(self._eos_ids),
         )
         output = self._model.generate(
             ids.to(self._model.device),
@@ -125,9 +125,10 @@ class HfEngine:
         # generate's own scores are (T, N, V): a second pass needs far less memory
         scores = self.score(list(zip(prompts, responses, strict=True)))
         return [
-            Completion(tuple(ids), tuple(scores[i]), truncated=ids[-1] != self._eos_id)
+            Completion(tuple(ids), tuple(scores[i]), truncated=ids[-1] not in self._eos_ids)
             for i, ids in enumerate(responses)
         ]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        return ids[: ids.index(self._eos_id) + 1] if self._eos_id in ids else ids
+        end = next((i for i, token in enumerate(ids) if token in self._eos_ids), len(ids))
+        return ids[: end + 1]

@@ -181,7 +181,7 @@ class VllmEngine:
         except EngineError:
             self.close()
             raise
-        self._policy, self._eos_id = spec.policy, spec.eos_id
+        self._policy, self._eos_ids = spec.policy, spec.eos_ids
         self._room = _room(spec)
         self._requests = 0
 
@@ -219,7 +219,7 @@ class VllmEngine:
                     min_p=sampling.min_p,
                     max_tokens=limit,
                     seed=sampling.seed + SEED_STRIDE * index,
-                    stop_token_ids=[self._eos_id],
+                    stop_token_ids=list(self._eos_ids),
                     logprobs=0,
                     detokenize=False,
                     output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
