@@ -39,10 +39,10 @@ demo: $(STAMP) ## set up, then train the embedded model
 doctor: $(STAMP) ## what is installed, what is missing and how to mend it
 	@$(BIN)/python -m powerflow_lit.doctor $(ARGS)
 
-test: $(STAMP) ## set up, then run all tests; without the slow ones: ARGS='-m "not slow"'
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+test: $(STAMP) ## set up, then run the tests, all but the slow ones
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" $(ARGS)
 
-test-slow: $(STAMP) ## only the tests that train the default models
+test-slow: $(STAMP) ## the slow tests: rivals trained in full, memory at a large vocabulary (25 minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow $(ARGS)
 
 check: lint type test ## lint, type and test

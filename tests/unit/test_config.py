@@ -68,6 +68,25 @@ def test_every_yaml_composes(group: str, choice: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "recipe", [p for p in choices("experiment/paper") if not p.startswith("recipe_")]
+)
+def test_the_papers_recipes_compose_with_the_papers_values(recipe: str) -> None:
+    config = checked(f"experiment=paper/{recipe}")
+    model, _, task = recipe.rpartition("_")
+    assert config.model.name == model
+    assert config.model.paper_name is not None
+    assert config.task.name == {"reasoning": "reasoning", "creative": "creative_writing"}[task]
+    kinds = {"base": 4.0, "instruct": 2.0} if task == "reasoning" else {"instruct": 0.5}
+    assert config.alpha == kinds[config.model.kind]
+    assert config.strategy.format_penalty == (-0.5 if task == "reasoning" else 0.0)
+    if task == "reasoning":  # figure 3 runs to 520 updates
+        assert config.refills * config.buffer.updates_per_refill == 520
+    # what does not fit one GPU is a word away, and every value can still be overridden
+    assert checked(f"experiment=paper/{recipe}", "finetune=lora").finetune.kind == "lora"
+    assert checked(f"experiment=paper/{recipe}", "alpha=3", "model=tiny").alpha == 3
+
+
+@pytest.mark.parametrize(
     ("name", "schema", "overrides"),
     [
         ("evaluate", EvaluateConfig, ()),

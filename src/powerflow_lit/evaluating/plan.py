@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
+import numpy as np
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -15,9 +15,7 @@ from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.evaluating.benchmarks import Benchmark
 from powerflow_lit.models.loading import ModelError
-from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.samplers import Decoding, EvaluationSettings, Policy, Sampler
-from powerflow_lit.types import TokenBatch
 
 GAP_PROMPTS, GAP_TOKENS = 4, 256  # on which engine and trainer are compared
 # of an engine: how much memory it takes and how fast it is, not what it samples from
@@ -105,16 +103,8 @@ def engine_gap(policy: Policy, prompt_ids: Sequence[tuple[int, ...]]) -> float:
     rows = [(ids[:1], ids[1:]) for ids in chosen]
     if not rows:
         return 0.0
-    batch = TokenBatch.collate(rows, int(policy.tokenizer.pad_token_id))
-    with torch.no_grad():
-        ours = response_scores(
-            policy.model,
-            batch.to(policy.model.device),
-            tokens_per_microbatch=policy.tokens_per_microbatch,
-            logit_chunk_mb=policy.logit_chunk_mb,
-        ).log_prob.cpu()
-    pairs = zip(ours, policy.engine.score(rows), strict=True)
-    return max(float((a[: len(b)] - torch.tensor(b)).abs().max()) for a, b in pairs)
+    pairs = zip(policy.log_probs(rows, 1.0), policy.engine.score(rows), strict=True)
+    return max(float(np.abs(ours[: len(theirs)] - theirs).max()) for ours, theirs in pairs)
 
 
 def _what_decides(node: Mapping[str, Any]) -> dict[str, Any]:

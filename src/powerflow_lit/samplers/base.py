@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.prompting import Route
 from powerflow_lit.rollout import RolloutEngine
 from powerflow_lit.tasks.base import Sampled
-from powerflow_lit.types import Prompt
+from powerflow_lit.types import Prompt, TokenBatch
 
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, response ids
 Progress = Callable[[int, int, int], None]  # done, total (in units of the sampler), tokens so far
 
 
@@ -36,6 +40,20 @@ class Policy:
     route: Route
     tokens_per_microbatch: int  # padded tokens of one scoring pass
     logit_chunk_mb: float  # float32 logits held at once in it, MB
+
+    @torch.no_grad()
+    def log_probs(self, rows: Sequence[Row], temperature: float) -> list[np.ndarray]:
+        """Log-probs of responses under the trainer's model, nats, (L,) float64 each."""
+        batch = TokenBatch.collate(rows, int(self.tokenizer.pad_token_id))
+        scores = response_scores(
+            self.model,
+            batch.to(self.model.device),
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            logit_chunk_mb=self.logit_chunk_mb,
+            temperature=temperature,
+        )
+        found = scores.log_prob.cpu().double().numpy()
+        return [row[: len(ids)].copy() for row, (_, ids) in zip(found, rows, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.prompting import Route, decode
 from powerflow_lit.samplers.base import Draws, EvaluationSettings, Policy, Progress
 from powerflow_lit.tasks.base import Response, Sampled
-from powerflow_lit.types import Prompt, Sampling, TokenBatch
-
-Row = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, response ids
+from powerflow_lit.types import Prompt, Sampling
 
 
 @dataclass
@@ -175,7 +171,7 @@ class _Walk:
         self.tokens += sum(len(c.token_ids) for c in new)
         rows = [(head, c.token_ids) for head, c in zip(heads, new, strict=True)]
         # of the trainer's model both, so that p and q are of one model to rounding
-        log_p, log_q = (_log_probs(policy, rows, t) for t in (1.0, 1 / alpha))
+        log_p, log_q = (policy.log_probs(rows, t) for t in (1.0, 1 / alpha))
         return [
             Suffix(cut, c.token_ids, p, q, not c.truncated)
             for cut, c, p, q in zip(cuts, new, log_p, log_q, strict=True)
@@ -197,21 +193,6 @@ def _take(chain: Chain, suffix: Suffix) -> None:
     chain.log_p = np.concatenate([chain.log_p[:cut], suffix.log_p])
     chain.log_q = np.concatenate([chain.log_q[:cut], suffix.log_q])
     chain.ended = suffix.ended
-
-
-def _log_probs(policy: Policy, rows: Sequence[Row], temperature: float) -> list[np.ndarray]:
-    """Log-probs of responses under the trainer's model, nats, (L,) float64 each."""
-    batch = TokenBatch.collate(rows, int(policy.tokenizer.pad_token_id))
-    with torch.no_grad():
-        scores = response_scores(
-            policy.model,
-            batch.to(policy.model.device),
-            tokens_per_microbatch=policy.tokens_per_microbatch,
-            logit_chunk_mb=policy.logit_chunk_mb,
-            temperature=temperature,
-        )
-    found = scores.log_prob.cpu().double().numpy()
-    return [row[: len(ids)].copy() for row, (_, ids) in zip(found, rows, strict=True)]
 
 
 def _response(policy: Policy, chain: Chain) -> Response:
