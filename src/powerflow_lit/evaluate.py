@@ -8,13 +8,14 @@ python -m powerflow_lit.evaluate model=hf model.path=<folder> benchmark=paper be
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.assembly import build_engine, build_model
 from powerflow_lit.config import conf_dir
-from powerflow_lit.config.checks import ConfigError, typed
+from powerflow_lit.config.checks import ConfigError, evaluate_config
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.console import quiet, wide_console
@@ -45,6 +46,7 @@ from powerflow_lit.resume import checkpoint_of, load_policy
 from powerflow_lit.run_folder import git_commit, versions
 from powerflow_lit.samplers import Decoding, EvaluationSettings, Policy, Sampler
 from powerflow_lit.tasks.base import Task
+from powerflow_lit.tasks.boxed import BoxedAnswers
 from powerflow_lit.tasks.creative_writing import CreativeWriting
 
 CALIBRATION_FAILED = 3  # exit code
@@ -67,8 +69,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     assessor: Assessor | None = instantiate(config.judge) if _has_target(config.judge) else None
     for task in tasks.values():
         task.embed = embedder or task.embed
-        if isinstance(task, CreativeWriting) and isinstance(assessor, CreativeJudge):
-            assessor.genre_of = task.genre  # it knows the lists that its prompts are from
+        if isinstance(assessor, CreativeJudge):
+            if isinstance(task, BoxedAnswers):
+                raise ConfigError(
+                    f"judge=creative with {task.name}: it judges poems, stories and jokes; for "
+                    "solutions take judge=strategies"
+                )
+            if isinstance(task, CreativeWriting):
+                assessor.genre_of = task.genre  # it knows the lists that its prompts are from
     try:
         record = _evaluated(config, nodes, tasks, samplers, assessor)
     finally:
@@ -81,7 +89,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     calibrated = None
     if config.calibrate is not None and published is not None:
         calibrated = calibration.calibrated(
-            config.calibrate, published, record.data, names, over_all
+            config.calibrate, published, record.data, names, over_all, config.bootstrap.level
         )
     record.finish(averages=over_all, calibration=calibrated)
     return record.data
@@ -187,10 +195,8 @@ def build_samplers(config: EvaluateConfig) -> dict[str, Sampler]:
     A decoding that is listed twice, or is one of the samplers, is made once.
 
     Raises:
-        ConfigError: none at all, or an alpha that is no power.
+        ConfigError: none at all.
     """
-    if config.alpha <= 0:
-        raise ConfigError(f"alpha={config.alpha}: must be positive (1 is the identity)")
     named: dict[str, Sampler] = {n: instantiate(node) for n, node in config.samplers.items()}
     plain = [Decoding(d.temperature, min_p=d.min_p, top_p=d.top_p) for d in config.decodings]
     found: dict[str, Sampler] = {d.name: d for d in plain if d not in named.values()}
@@ -214,8 +220,11 @@ def _has_target(node: Mapping[str, Any] | None) -> bool:
     return bool(node) and node is not None and node.get("_target_") is not None
 
 
-def _of_run(cfg: DictConfig) -> DictConfig:
-    """With `run=`: the run's own model and task in place of the defaults, and its alpha."""
+def _of_run(cfg: DictConfig, typed_overrides: Sequence[str]) -> DictConfig:
+    """With `run=`: the run's own model and task in place of the defaults, and its alpha.
+
+    What was typed of either still counts.
+    """
     if cfg.run is None:
         return cfg
     folder = Path(cfg.run)
@@ -223,21 +232,23 @@ def _of_run(cfg: DictConfig) -> DictConfig:
         raise ConfigError(f"run={cfg.run}: no run folder there (no config.yaml)")
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     if (folder / "export").is_dir():
-        saved["model"]["path"] = str(folder / "export")
+        saved["model"] |= {"path": str(folder / "export"), "revision": None}
     elif checkpoint_of(folder) is None:
         raise ConfigError(f"run={cfg.run}: neither an export/ nor a checkpoint there yet")
     task = saved["task"] | {"max_new_tokens": saved["rollout"]["max_new_tokens"]}
     brought = {"model": saved["model"], "task": task}
     if OmegaConf.is_interpolation(cfg, "alpha"):  # not typed
         brought["alpha"] = saved["alpha"]
-    return OmegaConf.merge(cfg, brought)  # type: ignore[return-value]
+    own = [o for o in typed_overrides if o.startswith(("model.", "task."))]
+    return OmegaConf.merge(cfg, brought, OmegaConf.from_dotlist(own))  # type: ignore[return-value]
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
 def _main(cfg: DictConfig) -> None:
     try:
         quiet()
-        config = typed(with_available_engine(_of_run(cfg)), EvaluateConfig)
+        overrides = HydraConfig.get().overrides.task
+        config = evaluate_config(with_available_engine(_of_run(cfg, overrides)))
         record = run(config)
     except USER_ERRORS as error:
         print(f"error: {root_cause(error)}", file=sys.stderr)

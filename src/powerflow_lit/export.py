@@ -49,8 +49,8 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     # the weights go through the CPU: a GPU that trains has no room for another copy
     _plain_shell(policy).save_pretrained(aside, state_dict=_on_cpu(policy, dtype))
-    if dtype is not None:
-        _say_dtype(aside / "config.json", dtype)
+    # the shell, which has no weights of its own, would say the default dtype
+    _say_dtype(aside / "config.json", dtype or str(policy.dtype).removeprefix("torch."))
     if is_lora(policy):
         policy.save_pretrained(aside / "adapter")
     tokenizer.save_pretrained(aside)

@@ -31,6 +31,7 @@ from powerflow_lit.errors import USER_ERRORS
 from powerflow_lit.models.loading import load_tokenizer
 from powerflow_lit.run_folder import write_whole
 from powerflow_lit.tasks import recipe
+from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.rows import columns_of, quietly
 from powerflow_lit.tasks.sources import Items, Source, column_values, read_items
 
@@ -106,6 +107,8 @@ def _solutions(found: Items, config: SolutionConfig) -> tuple[list[str | None] |
     if bound is None:
         return None, "not bounded"
     values = column_values(found.rows, column)
+    if wrong := next((v for v in values if v is not None and not isinstance(v, str)), None):
+        raise TaskError(f"solution.column={column} holds {type(wrong).__name__}, not text")
     return [values[item.row] for item in found.items], f"at most {bound} {unit}"
 
 

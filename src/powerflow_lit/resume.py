@@ -14,9 +14,13 @@ from powerflow_lit.assembly import lora_settings
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
+from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.run_folder import read_summary
 from powerflow_lit.sweep import ENDED
+
+# what `trainer.precision` rounds the policy's weights to
+HALF_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,14 @@ def load_policy(model: PreTrainedModel, run_dir: Path) -> PreTrainedModel:
     path = run_dir / "checkpoints" / "last.ckpt"
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     weights = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
-    tuned = yaml.safe_load((run_dir / "config.yaml").read_text()).get("finetune", {})
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tuned = saved.get("finetune", {})
     if tuned.get("kind") != "lora":
         model.load_state_dict(weights)
         return model
+    half = HALF_DTYPES.get(str(saved["trainer"].get("precision")))
+    if half is not None:  # as the frozen weights were in training
+        round_weights(model, half)
     add_lora(model, lora_settings(FinetuneConfig(**tuned)))
     model.load_state_dict(weights, strict=False)
     return plain_copy(model)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.config.schema import EvaluateConfig, TrainConfig
 
 Schema = TypeVar("Schema")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,6 +48,44 @@ def train_config(cfg: DictConfig) -> TrainConfig:
     _check_combinations(config)
     _check_finetune(config)
     _check_monitor(config)
+    return config
+
+
+def evaluate_config(cfg: DictConfig) -> EvaluateConfig:
+    """The checked configuration of an evaluation.
+
+    Raises:
+        ConfigError: see `typed`; also values out of range.
+    """
+    config = typed(cfg, EvaluateConfig)
+    _require(config.alpha > 0, f"alpha={config.alpha}: must be positive (1 is the identity)")
+    _require(
+        not config.model.estimate_only,
+        "model.estimate_only=true: an estimate is made for training only (powerflow_lit.train)",
+    )
+    for name in ("dtype", "engine_dtype"):
+        _one_of(f"model.{name}", getattr(config.model, name), DTYPES)
+    _one_of("model.prompt_route", config.model.prompt_route, ("auto", "plain", "chat"))
+    at_least_one = {
+        "samples_per_prompt": config.samples_per_prompt,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
+        "tokens_per_microbatch": config.tokens_per_microbatch,
+        "bootstrap.draws": config.bootstrap.draws,
+    }
+    for name, value in at_least_one.items():
+        _require(value >= 1, f"{name}={value}: must be 1 or more")
+    _require(
+        config.logit_chunk_mb > 0, f"logit_chunk_mb={config.logit_chunk_mb}: must be positive, MB"
+    )
+    level = config.bootstrap.level
+    _require(0 < level < 1, f"bootstrap.level={level}: must lie in (0, 1), e.g. 0.95")
+    for place, decoding in enumerate(config.decodings):
+        key = f"decodings[{place}]"
+        heat, top_p, min_p = decoding.temperature, decoding.top_p, decoding.min_p
+        _require(heat >= 0, f"{key}.temperature={heat}: must be 0 (greedy) or more")
+        _require(0 < top_p <= 1, f"{key}.top_p={top_p}: must lie in (0, 1]; 1 leaves nothing out")
+        _require(0 <= min_p < 1, f"{key}.min_p={min_p}: must lie in [0, 1); 0 leaves nothing out")
     return config
 
 

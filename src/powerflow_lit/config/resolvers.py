@@ -1,4 +1,4 @@
-"""Resolvers of conf/evaluate.yaml: arithmetic that a yaml cannot say otherwise."""
+"""Resolvers of conf/: arithmetic and choices that a yaml cannot say otherwise."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def if_benchmarks(chosen: Any, otherwise: Any, *, _root_: DictConfig) -> Any:
     return chosen if _root_.get("benchmarks") else otherwise
 
 
+def gap_limit(engine_dtype: Any) -> float:
+    """`${gap_limit:${model.engine_dtype}}`: nats a token that rounding alone may explain."""
+    return 0.01 if engine_dtype == "float32" else 1.0
+
+
 def _number(value: Any, resolver: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is no number ({resolver})")
@@ -37,5 +42,5 @@ def _number(value: Any, resolver: str) -> float:
 
 def register_resolvers() -> None:
     """Make them known to OmegaConf; safe to call again."""
-    for resolver in (inverse, times, if_benchmarks):
+    for resolver in (inverse, times, if_benchmarks, gap_limit):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

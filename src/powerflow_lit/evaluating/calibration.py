@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 from powerflow_lit.config.checks import ConfigError
@@ -13,7 +14,6 @@ from powerflow_lit.published import CREATIVE, REASONING, Published, models, publ
 
 PASS, OUTSIDE = "pass", "outside"
 NOT_MEASURED, NOT_COMPARABLE = "not measured", "not comparable"
-Z95 = 1.959964  # half-width of a 95% interval in standard errors
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def checks(
     benchmarks: Mapping[str, Mapping[str, Any]],
     average: Mapping[str, Any] | None,
     incomparable: Sequence[str] = (),
+    level: float = 0.95,
 ) -> list[Check]:
     """Every published figure of the row against ours.
 
@@ -67,6 +68,7 @@ def checks(
         benchmarks: results by benchmark and sampler, as in eval.json.
         average: the average over benchmarks under that sampler, where there is one.
         incomparable: metrics that were measured by other means than the paper's.
+        level: of the intervals in the results.
     """
     found = []
     for name, value in row.rows[config.method].items():
@@ -83,7 +85,7 @@ def checks(
         if ours is None or result is None:
             found.append(Check(benchmark, metric, None, published, None, None, NOT_MEASURED))
             continue
-        error = 100 * _standard_error(result, metric)
+        error = 100 * _standard_error(result, metric, level)
         allowed = config.tolerance + config.standard_errors * math.sqrt(2) * error
         verdict = PASS if abs(100 * ours - published) <= allowed else OUTSIDE
         if metric in incomparable:
@@ -92,12 +94,12 @@ def checks(
     return found
 
 
-def _standard_error(result: Mapping[str, Any], metric: str) -> float:
+def _standard_error(result: Mapping[str, Any], metric: str, level: float) -> float:
     """Of sampling where it is known (avg@k), else of the mean over prompts, from its interval."""
     if metric in result.get("sampling_errors", {}):
         return float(result["sampling_errors"][metric])
     low, high = result.get("intervals", {}).get(metric, (0.0, 0.0))
-    return float(high - low) / (2 * Z95)
+    return float(high - low) / (2 * NormalDist().inv_cdf((1 + level) / 2))
 
 
 def caveats(table: str, record: Mapping[str, Any]) -> list[str]:
@@ -125,6 +127,7 @@ def calibrated(
     record: Mapping[str, Any],
     benchmarks: Sequence[str],
     averages: Mapping[str, Any],
+    level: float = 0.95,
 ) -> dict[str, Any]:
     """The calibration as it stands in eval.json.
 
@@ -142,6 +145,7 @@ def calibrated(
         {b: record["benchmarks"][b] for b in benchmarks},
         average,
         ("val/diversity_semantic",) if words_only else (),
+        level,
     )
     return {
         "paper_name": row.model,

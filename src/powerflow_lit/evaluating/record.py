@@ -47,6 +47,7 @@ class Record:
             "averages": {},
             "calibration": None,
             "judge": before.get("judge"),
+            "engine_logp_gap": before.get("engine_logp_gap"),
             "notes": before.get("notes", []),
         }
         self._drop_unfinished()

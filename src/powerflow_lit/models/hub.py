@@ -74,7 +74,7 @@ def hub_reachable() -> bool:
     """Whether the hub answers, asked with a short limit; its client would try for a minute."""
     if constants.is_offline_mode():
         return False
-    if urllib.request.getproxies():
+    if set(urllib.request.getproxies()) - {"no"}:
         return True  # what a proxy reaches only the request itself can tell
     host = urlsplit(constants.ENDPOINT)
     port = host.port or (443 if host.scheme == "https" else 80)

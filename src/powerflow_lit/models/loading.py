@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PretrainedConfig as PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -127,7 +128,7 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _refusal(path, error) from error
     model.name_or_path = resolve_path(path)  # not the place of a downloaded copy
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -182,6 +183,11 @@ def _refusal(path: str, error: Exception) -> ModelError:
         return ModelError(
             f"model.path={path} brings Python code of its own: read it, then set "
             "model.trust_remote_code=true"
+        )
+    if isinstance(error, SafetensorError):
+        return ModelError(
+            f"model.path={path}: its weights cannot be read ({_first_line(error)}): a file is cut "
+            "off, or a git-lfs pointer in place of the weights (git lfs pull)"
         )
     return ModelError(
         f"model.path={path} cannot be loaded: {_first_line(error)} "

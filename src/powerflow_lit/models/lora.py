@@ -94,8 +94,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 class PlainWeights(Mapping[str, Tensor]):
     """The policy's weights under the names of a plain model, W + scaling B A where adapted.
 
-    Sums are made in float32 when a weight is asked for and returned in W's type, so that no merged
-    copy of the whole model is held.
+    Sums are made in float32 when a weight is asked for, and returned in W's type.
     """
 
     def __init__(self, model: nn.Module) -> None:

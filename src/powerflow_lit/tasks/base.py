@@ -12,6 +12,9 @@ import numpy as np
 from powerflow_lit.metrics import at_k, text
 from powerflow_lit.types import Prompt
 
+# figures that compare a prompt's responses
+COMPARING = {"diversity_lexical", "diversity_semantic", "vendi", "self_bleu"}
+
 
 class TaskError(ValueError):
     """A task's data cannot be used; the message names the file or column and the remedy."""
@@ -96,6 +99,8 @@ class Task(ABC):
         }
         if self.is_prose:
             figures["self_bleu"] = text.self_bleu([t.split() for t in texts])
+        if len(texts) < 2:  # one response is neither alike nor unlike
+            figures |= dict.fromkeys(COMPARING & figures.keys(), math.nan)
         return figures
 
 

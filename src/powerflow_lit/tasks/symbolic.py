@@ -46,7 +46,11 @@ class SymbolicComparison:
         if os.getpid() != self._owner:  # a forked child must not share its parent's pipe or lock
             self._lock, self._process, self._owner = Lock(), None, os.getpid()
         with self._lock:
-            reply = self._ask(json.dumps([answer, reference]))
+            try:
+                reply = self._ask(json.dumps([answer, reference]))
+            except BaseException:  # Ctrl-C: the reply that is still to come is nobody's
+                self.close()
+                raise
         if reply is None:
             self.undecided += 1
             if self.undecided == 1:
