@@ -34,8 +34,8 @@ WHY = f"no public data files in {DATA}: set POWERFLOW_DATA to their folder"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=WHY)
 INSTRUCTION = " Let's think step by step and output the final answer within \\boxed{}."
 SMALL = (
-    "debug=fast", "model.engine_dtype=float32", "rollout.max_new_tokens=32", "logger=none",
-    "rollout.prompts_per_refill=4", "run_dir=run",
+    "debug=fast", "model.threads=1", "model.engine_dtype=float32", "rollout.max_new_tokens=32",
+    "logger=none",    "rollout.prompts_per_refill=4", "run_dir=run",
 )  # fmt: skip
 
 

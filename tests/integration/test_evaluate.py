@@ -17,7 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from powerflow_lit.config import conf_dir
-from powerflow_lit.config.checks import ConfigError, typed
+from powerflow_lit.config.checks import ConfigError, evaluate_config, typed
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.evaluate import run
 from powerflow_lit.metrics import at_k
@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
 def config(folder: Path, *more: str) -> EvaluateConfig:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         composed = compose("evaluate", overrides(folder, "rollout=hf", *more))
-    return typed(composed, EvaluateConfig)
+    return evaluate_config(composed)
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -237,6 +237,11 @@ def test_a_killed_evaluation_goes_on_and_ends_like_a_whole_one(
     [
         (("decodings=[]",), ConfigError, "name at least one way of sampling"),
         (("alpha=0.0", "decodings=[{temperature: 1.0, min_p: 0.0}]"), ConfigError, "alpha=0"),
+        (("bootstrap.level=95",), ConfigError, r"bootstrap.level=95.0: must lie in \(0, 1\)"),
+        (("samples_per_prompt=0",), ConfigError, "samples_per_prompt=0: must be 1 or more"),
+        (("decodings=[{temperature: -1, min_p: 0.0}]",), ConfigError, "temperature=-1.0: must"),
+        (("decodings=[{temperature: 1, min_p: 0.0, top_p: 0}]",), ConfigError, "top_p=0.0: must"),
+        (("model.estimate_only=true",), ConfigError, "for training only"),
         (("rollout.max_prompt_tokens=2",), TaskError, "none of 4 prompts is within 2 tokens"),
         (("rollout.max_new_tokens=5000",), ModelError, "lower rollout.max_new_tokens"),
         (("benchmark_dir=nowhere",), TaskError, "benchmark_dir=nowhere: no such folder"),
