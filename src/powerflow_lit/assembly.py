@@ -177,6 +177,7 @@ def build_callbacks(
     evaluation = Evaluation(
         run_dir,
         every_n_refills=chosen.evaluation.every_n_refills,
+        max_prompts=chosen.evaluation.max_prompts,
         settings=EvaluationSettings(
             samples_per_prompt=chosen.evaluation.samples_per_prompt,
             max_new_tokens=config.rollout.max_new_tokens,

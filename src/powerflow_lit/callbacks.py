@@ -95,12 +95,14 @@ class Evaluation(Callback):
         folder: Path,
         *,
         every_n_refills: int,
+        max_prompts: int | None,
         settings: EvaluationSettings,
         base_decodings: Sequence[Decoding],
         clock: PhaseClock,
     ) -> None:
         self.folder = folder
-        self.every_n_refills, self.settings, self.clock = every_n_refills, settings, clock
+        self.every_n_refills, self.max_prompts = every_n_refills, max_prompts
+        self.settings, self.clock = settings, clock
         self.decodings = list(base_decodings)
         self.base: dict[str, float] = {}
         self.base_decodings: dict[str, dict[str, float]] = {}
@@ -124,7 +126,7 @@ class Evaluation(Callback):
         _, data = _parts(trainer)
         data.sync_engine()
         data.check_engine()
-        prompts = data.eval_prompts
+        prompts = data.eval_prompts[: self.max_prompts]
         total = len(prompts) * (
             1 if decoding.temperature == 0 else self.settings.samples_per_prompt
         )

@@ -102,7 +102,13 @@ class RefillProgress(Callback):
 
 
 # remarks of libraries on what we mean to do
-NOISE = ("does not have many workers", "modules? in eval mode", "transfer_batch", "reduce_op")
+NOISE = (
+    "does not have many workers",
+    "module.{0,3} in eval mode",
+    "LeafSpec",
+    "transfer_batch",
+    "reduce_op",
+)
 
 
 def quiet() -> None:

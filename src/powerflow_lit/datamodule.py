@@ -368,7 +368,7 @@ class RolloutDataModule(L.LightningDataModule):
             raise EngineError(
                 f"engine and trainer disagree by {gap:.4f} nats on a token they both scored "
                 f"(limit {self.settings.logp_gap_limit}): the rollouts are not the policy's. "
-                "check rollout.engine.dtype against model.dtype, or raise rollout.logp_gap_limit"
+                "check model.engine_dtype against model.dtype, or raise rollout.logp_gap_limit"
             )
 
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:

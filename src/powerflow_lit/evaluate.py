@@ -17,7 +17,7 @@ import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -236,7 +236,9 @@ def _of_run(cfg: DictConfig, typed_overrides: Sequence[str]) -> DictConfig:
     elif checkpoint_of(folder) is None:
         raise ConfigError(f"run={cfg.run}: neither an export/ nor a checkpoint there yet")
     task = saved["task"] | {"max_new_tokens": saved["rollout"]["max_new_tokens"]}
-    brought = {"model": saved["model"], "task": task}
+    with open_dict(cfg):
+        cfg.task = task  # as a whole: another task is built from other keys
+    brought = {"model": saved["model"]}
     if OmegaConf.is_interpolation(cfg, "alpha"):  # not typed
         brought["alpha"] = saved["alpha"]
     own = [o for o in typed_overrides if o.startswith(("model.", "task."))]

@@ -57,8 +57,13 @@ def check_memory(config: TrainConfig) -> None:
             f"memory: about {need / GIB:.1f} GiB of {on.free / GIB:.1f} GiB free "
             "(model.estimate_only=true says of what)"
         )
-    if need > on.free and model.memory_check and not model.estimate_only:
-        raise ModelError(refusal(need, on, _remedies(config, shape, work, on)))
+    if need <= on.free:
+        return
+    refused = refusal(need, on, _remedies(config, shape, work, on))
+    if model.estimate_only:
+        print(f"It does not fit: {refused}")
+    elif model.memory_check:
+        raise ModelError(refused)
 
 
 def workload(config: TrainConfig, on: Device) -> Workload:

@@ -15,7 +15,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from powerflow_lit.config import conf_dir
-from powerflow_lit.config.checks import ConfigError, train_config, typed
+from powerflow_lit.config.checks import (
+    ConfigError,
+    as_dict,
+    evaluate_config,
+    train_config,
+    typed,
+)
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import (
     EvaluateConfig,
@@ -24,6 +30,8 @@ from powerflow_lit.config.schema import (
     ReportConfig,
     TrainConfig,
 )
+from powerflow_lit.evaluate import _of_run
+from powerflow_lit.run_folder import write_configs
 
 CONF = Path(conf_dir())
 NEEDS_A_PLUGIN = ("optuna",)  # composes only where the optional extra is installed
@@ -218,3 +226,21 @@ def test_configuration_loads_without_torch_or_vllm() -> None:
         "assert not {'torch', 'vllm', 'lightning', 'transformers'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("task", ["reasoning", "creative_writing", "creative"])
+def test_an_evaluation_takes_a_runs_model_task_and_alpha_and_what_was_typed(
+    task: str, tmp_path: Path
+) -> None:
+    trained = checked(f"task={task}", "model=hf", "model.path=m", "model.revision=abc", "alpha=3")
+    write_configs(tmp_path, as_dict(trained), [])
+    (tmp_path / "export").mkdir()
+    typed_by_user = [f"run={tmp_path}", "model.engine_dtype=float32"]
+    cfg = composed(*typed_by_user, config_name="evaluate")
+    found = evaluate_config(_of_run(cfg, typed_by_user))
+    assert (found.task.name, found.alpha) == (task, 3.0)
+    assert found.task.build == trained.task.build
+    assert found.rollout.max_new_tokens == trained.rollout.max_new_tokens
+    assert found.model.path == str(tmp_path / "export")
+    assert found.model.revision is None  # a folder has none
+    assert found.model.engine_dtype == "float32"

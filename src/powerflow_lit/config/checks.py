@@ -124,6 +124,9 @@ def _check_ranges(config: TrainConfig) -> None:
         "callbacks.checkpoint.every_n_refills": config.callbacks.checkpoint.every_n_refills,
         "callbacks.console.every_n_refills": config.callbacks.console.every_n_refills,
     }
+    most = config.callbacks.evaluation.max_prompts
+    if most is not None:
+        at_least_one["callbacks.evaluation.max_prompts"] = most
     for name, value in at_least_one.items():
         _require(value >= 1, f"{name}={value}: must be 1 or more")
 

@@ -105,6 +105,7 @@ class OptimizerConfig:
 @dataclass
 class EvaluationConfig:
     every_n_refills: int = MISSING
+    max_prompts: int | None = MISSING
     samples_per_prompt: int = MISSING
     seed: int = MISSING
     base_decodings: list[DecodingConfig] = MISSING
