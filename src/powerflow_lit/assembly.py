@@ -20,7 +20,6 @@ from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
-from powerflow_lit.evaluation import Decoding, EvaluationSettings
 from powerflow_lit.interrupt import StopOnInterrupt
 from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
@@ -32,6 +31,7 @@ from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.monitor import Monitor, Rule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
+from powerflow_lit.samplers import Decoding, EvaluationSettings
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.wandb_login import wandb_mode
 

@@ -15,10 +15,11 @@ from lightning.pytorch.loggers import WandbLogger
 
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.datamodule import RolloutDataModule
-from powerflow_lit.evaluation import Decoding, EvaluationSettings, evaluate, val_metrics
+from powerflow_lit.evaluation import evaluate, val_metrics
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout.buffer import pack, unpack
 from powerflow_lit.run_folder import append_problems, append_samples, sample_rows
+from powerflow_lit.samplers import Decoding, EvaluationSettings
 from powerflow_lit.types import TrajectoryBatch
 
 

@@ -37,10 +37,9 @@ from powerflow_lit.evaluating.plan import (
     settings_of,
 )
 from powerflow_lit.evaluating.record import Record
-from powerflow_lit.evaluating.scores import Assessor
 from powerflow_lit.evaluating.session import averages, evaluate_all
 from powerflow_lit.evaluating.tables import tables_of
-from powerflow_lit.judging.assessors import CreativeJudge
+from powerflow_lit.judging.assessors import Assessor, CreativeJudge
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.resume import checkpoint_of, load_policy
 from powerflow_lit.run_folder import git_commit, versions

@@ -12,8 +12,6 @@ from powerflow_lit.samplers.decoding import sampled
 from powerflow_lit.tasks.base import Task, mean_scores
 from powerflow_lit.types import Prompt
 
-__all__ = ["Decoding", "EvaluationSettings", "evaluate", "sampled", "val_metrics"]
-
 
 def evaluate(
     engine: RolloutEngine,

@@ -26,10 +26,10 @@ from powerflow_lit.models.memory import (
     needed,
     remedies,
 )
+from powerflow_lit.precision import HALF
 
 GIB = 2**30
 TIGHT = 0.5  # share of the free memory above which a person should see the whole table
-HALF = {"bf16-true": "bfloat16", "16-true": "float16"}
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -70,7 +70,8 @@ def workload(config: TrainConfig, on: Device) -> Workload:
     """What of the configuration its memory depends on."""
     model, rollout = config.model, config.rollout
     lora = config.finetune.kind == "lora"
-    half = HALF.get(str(config.trainer.get("precision")))
+    rounded = HALF.get(str(config.trainer.get("precision")))
+    half = None if rounded is None else str(rounded).removeprefix("torch.")
     groups = config.buffer.prompts_per_update
     if groups is None:
         groups = rollout.prompts_per_refill // config.buffer.updates_per_refill

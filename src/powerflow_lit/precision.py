@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import nn
 
 from powerflow_lit.models.base import CopiedBase, round_weights
 from powerflow_lit.module import PowerFlowModule
 
-HALF: Mapping[str, Literal["bf16-true", "16-true"]] = {
-    "bf16-true": "bf16-true",
-    "16-true": "16-true",
-}
+# what a value of `trainer.precision` rounds the weights to; any other leaves them
+HALF = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 class WeightsInHalf(HalfPrecision):
@@ -48,8 +47,8 @@ class WeightsInHalf(HalfPrecision):
 
 def with_half_precision(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of Lightning's Trainer with the plugin in place of a 16-bit `precision`."""
-    half = HALF.get(str(trainer.get("precision")))
-    if half is None:
+    half: Any = trainer.get("precision")
+    if half not in HALF:
         return dict(trainer)
     plugins = [*(trainer.get("plugins") or []), WeightsInHalf(half)]
     return {**trainer, "precision": None, "plugins": plugins}

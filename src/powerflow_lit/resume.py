@@ -16,11 +16,9 @@ from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
 from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
+from powerflow_lit.precision import HALF
 from powerflow_lit.run_folder import read_summary
 from powerflow_lit.sweep import ENDED
-
-# what `trainer.precision` rounds the policy's weights to
-HALF_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def load_policy(model: PreTrainedModel, run_dir: Path) -> PreTrainedModel:
     if tuned.get("kind") != "lora":
         model.load_state_dict(weights)
         return model
-    half = HALF_DTYPES.get(str(saved["trainer"].get("precision")))
+    half = HALF.get(str(saved["trainer"].get("precision")))
     if half is not None:  # as the frozen weights were in training
         round_weights(model, half)
     add_lora(model, lora_settings(FinetuneConfig(**tuned)))

@@ -9,10 +9,10 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
+from powerflow_lit.metrics.bootstrap import bootstrap
 from powerflow_lit.reporting.files import Scores
 from powerflow_lit.reporting.statistics import (
     band,
-    bootstrap,
     correct_counts,
     deviation,
     mean,

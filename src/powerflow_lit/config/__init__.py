@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from powerflow_lit.config import identity, resolvers
+from powerflow_lit.config.resolvers import register_resolvers
 
-identity.register_resolvers()
-resolvers.register_resolvers()
+register_resolvers()
 
 
 def conf_dir() -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from powerflow_lit.config.schema import EvaluateConfig, TrainConfig
+from powerflow_lit.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 
 Schema = TypeVar("Schema")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,9 +63,7 @@ def evaluate_config(cfg: DictConfig) -> EvaluateConfig:
         not config.model.estimate_only,
         "model.estimate_only=true: an estimate is made for training only (powerflow_lit.train)",
     )
-    for name in ("dtype", "engine_dtype"):
-        _one_of(f"model.{name}", getattr(config.model, name), DTYPES)
-    _one_of("model.prompt_route", config.model.prompt_route, ("auto", "plain", "chat"))
+    _check_model(config.model)
     at_least_one = {
         "samples_per_prompt": config.samples_per_prompt,
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
@@ -73,11 +71,7 @@ def evaluate_config(cfg: DictConfig) -> EvaluateConfig:
         "tokens_per_microbatch": config.tokens_per_microbatch,
         "bootstrap.draws": config.bootstrap.draws,
     }
-    for name, value in at_least_one.items():
-        _require(value >= 1, f"{name}={value}: must be 1 or more")
-    _require(
-        config.logit_chunk_mb > 0, f"logit_chunk_mb={config.logit_chunk_mb}: must be positive, MB"
-    )
+    _check_sizes(at_least_one, config.logit_chunk_mb)
     level = config.bootstrap.level
     _require(0 < level < 1, f"bootstrap.level={level}: must lie in (0, 1), e.g. 0.95")
     for place, decoding in enumerate(config.decodings):
@@ -87,6 +81,19 @@ def evaluate_config(cfg: DictConfig) -> EvaluateConfig:
         _require(0 < top_p <= 1, f"{key}.top_p={top_p}: must lie in (0, 1]; 1 leaves nothing out")
         _require(0 <= min_p < 1, f"{key}.min_p={min_p}: must lie in [0, 1); 0 leaves nothing out")
     return config
+
+
+def _check_model(model: ModelConfig) -> None:
+    _one_of("model.kind", model.kind, ("base", "instruct"))
+    _one_of("model.prompt_route", model.prompt_route, ("auto", "plain", "chat"))
+    for name in ("dtype", "base_dtype", "engine_dtype"):
+        _one_of(f"model.{name}", getattr(model, name), DTYPES)
+
+
+def _check_sizes(at_least_one: Mapping[str, int], logit_chunk_mb: float) -> None:
+    for name, value in at_least_one.items():
+        _require(value >= 1, f"{name}={value}: must be 1 or more")
+    _require(logit_chunk_mb > 0, f"logit_chunk_mb={logit_chunk_mb}: must be positive, in MB")
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -99,15 +106,11 @@ def _check_ranges(config: TrainConfig) -> None:
         0 <= min_p < 1,
         f"guard.min_p={min_p}: must lie in [0, 1); 0 is no guard, guard=min_p takes 0.05",
     )
-    _one_of("model.kind", config.model.kind, ("base", "instruct"))
-    _one_of("model.prompt_route", config.model.prompt_route, ("auto", "plain", "chat"))
-    _one_of("model.dtype", config.model.dtype, DTYPES)
-    _one_of("model.base_dtype", config.model.base_dtype, DTYPES)
+    _check_model(config.model)
     if config.callbacks.export_dtype is not None:
         _one_of("callbacks.export_dtype", config.callbacks.export_dtype, DTYPES)
     _one_of("buffer.log_p_old", config.buffer.log_p_old, ("auto", "engine", "trainer"))
     _one_of("logger.mode", config.logger.mode, ("auto", "online", "offline"))
-    _one_of("model.engine_dtype", config.model.engine_dtype, DTYPES)
     psi = config.strategy.format_penalty
     _require(psi <= 0, f"strategy.format_penalty={psi}: a penalty is 0 or negative")
     at_least_one = {
@@ -127,11 +130,7 @@ def _check_ranges(config: TrainConfig) -> None:
     most = config.callbacks.evaluation.max_prompts
     if most is not None:
         at_least_one["callbacks.evaluation.max_prompts"] = most
-    for name, value in at_least_one.items():
-        _require(value >= 1, f"{name}={value}: must be 1 or more")
-
-    chunk = config.logit_chunk_mb
-    _require(chunk > 0, f"logit_chunk_mb={chunk}: must be positive, in MB")
+    _check_sizes(at_least_one, config.logit_chunk_mb)
     staleness = config.buffer.max_staleness
     _require(staleness >= 0, f"buffer.max_staleness={staleness}: must be 0 or more")
     betas = config.optimizer.betas

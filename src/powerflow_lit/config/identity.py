@@ -50,21 +50,3 @@ def _floats(value: Any) -> Any:
     if isinstance(value, list):
         return [_floats(v) for v in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def short(value: Any) -> str:
-    """4 and 4.0 are spelt alike in a folder's name; what is no number is refused by the checks."""
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def product(one: float, other: float) -> float:
-    """`${product:a,b}`; what is no number is refused by the checks, by the name of the result."""
-    both = isinstance(one, int | float) and isinstance(other, int | float)
-    return one * other if both else one if not isinstance(one, int | float) else other
-
-
-def register_resolvers() -> None:
-    """Make the resolvers of `conf/` known to OmegaConf; safe to call again."""
-    OmegaConf.register_new_resolver("product", product, replace=True)
-    OmegaConf.register_new_resolver("job_hash", job_hash, replace=True)
-    OmegaConf.register_new_resolver("short", short, replace=True)

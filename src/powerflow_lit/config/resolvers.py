@@ -6,6 +6,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from powerflow_lit.config.identity import job_hash
+
+
+def short(value: Any) -> str:
+    """4 and 4.0 are spelt alike in a folder's name; what is no number is refused by the checks."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def product(one: float, other: float) -> float:
+    """`${product:a,b}`; what is no number is refused by the checks, by the name of the result."""
+    both = isinstance(one, int | float) and isinstance(other, int | float)
+    return one * other if both else one if not isinstance(one, int | float) else other
+
 
 def inverse(value: Any) -> float:
     """`${inverse:${alpha}}`: the temperature 1/alpha.
@@ -42,5 +55,5 @@ def _number(value: Any, resolver: str) -> float:
 
 def register_resolvers() -> None:
     """Make them known to OmegaConf; safe to call again."""
-    for resolver in (inverse, times, if_benchmarks, gap_limit):
+    for resolver in (job_hash, short, product, inverse, times, if_benchmarks, gap_limit):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

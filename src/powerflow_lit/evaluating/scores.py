@@ -9,29 +9,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from powerflow_lit.evaluating.benchmarks import Benchmark
+from powerflow_lit.judging.assessors import Assessor
 from powerflow_lit.metrics import at_k
 from powerflow_lit.metrics.bootstrap import bootstrap
 from powerflow_lit.samplers import Draws
 from powerflow_lit.tasks.base import Response, Sampled, Task
 
 AVG = re.compile(r"(?:val/)?avg@(\d+)")
-
-
-class Assessor(Protocol):
-    """What `judge=` builds: further figures of each prompt's responses."""
-
-    def record(self) -> dict[str, Any] | None: ...
-
-    def assess(
-        self, samples: Sequence[Sampled], on_progress: Callable[[int, int], None] | None
-    ) -> list[dict[str, float]]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)

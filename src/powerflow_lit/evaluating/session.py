@@ -15,12 +15,12 @@ from powerflow_lit.evaluating.benchmarks import Benchmark
 from powerflow_lit.evaluating.record import Record
 from powerflow_lit.evaluating.scores import (
     AVG,
-    Assessor,
     Scored,
     average_interval,
     score,
     summary,
 )
+from powerflow_lit.judging.assessors import Assessor
 from powerflow_lit.run_folder import read_problems
 from powerflow_lit.samplers import Draws, EvaluationSettings, Policy, Sampler
 

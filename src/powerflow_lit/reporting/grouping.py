@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from powerflow_lit.config.checks import ConfigError
+from powerflow_lit.config.identity import NOT_JOB_IDENTITY_BELOW
 from powerflow_lit.reporting.files import flat, number
 from powerflow_lit.reporting.runs import Run
 
@@ -24,9 +25,8 @@ COLOURS = {
 ALWAYS = ("strategy.name", "alpha")
 # these change neither what is learned nor what is measured
 IGNORED = (
-    "seed", "run_dir", "resume", "logger", "tokens_per_microbatch", "model.threads",
-    "logit_chunk_mb",
-    "callbacks.checkpoint", "callbacks.samples", "callbacks.console", "callbacks.export",
+    "seed", "run_dir", "resume", "logger", "tokens_per_microbatch", "logit_chunk_mb",
+    *(f"{group}.{name}" for group, names in NOT_JOB_IDENTITY_BELOW.items() for name in names),
 )  # fmt: skip
 SHORTHAND = {"strategy": "strategy.name", "task": "task.name", "model": "model.name"}
 

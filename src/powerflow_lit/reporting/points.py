@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from powerflow_lit.config.schema import BootstrapConfig
+from powerflow_lit.metrics.bootstrap import bootstrap
 from powerflow_lit.reporting.figures import Style, counted, grid, legend, styles, title_of
 from powerflow_lit.reporting.files import number
 from powerflow_lit.reporting.grouping import Group, group, short_key, short_value, sortable
 from powerflow_lit.reporting.runs import Run
-from powerflow_lit.reporting.statistics import bootstrap, deviation, mean, pass_at_k
+from powerflow_lit.reporting.statistics import deviation, mean, pass_at_k
 
 BASE = "#222222"
 LOOKS: tuple[tuple[str, Any, str, str], ...] = (  # of the base's decodings

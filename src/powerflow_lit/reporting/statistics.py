@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from powerflow_lit.metrics.bootstrap import bootstrap as bootstrap
 from powerflow_lit.reporting.files import Scores
 
 

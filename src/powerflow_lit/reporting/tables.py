@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from powerflow_lit.config.schema import BootstrapConfig
+from powerflow_lit.metrics.bootstrap import bootstrap
 from powerflow_lit.reporting.files import Scores
 from powerflow_lit.reporting.grouping import Group, short_key
 from powerflow_lit.reporting.runs import Run
-from powerflow_lit.reporting.statistics import bootstrap, deviation, mean, over_seeds
+from powerflow_lit.reporting.statistics import deviation, mean, over_seeds
 
 VERSIONS = ("torch", "vllm", "transformers")
 ABOUT = {"alpha", "seed", "strategy.name", "task.name", "model.name"}  # columns of their own
