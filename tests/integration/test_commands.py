@@ -131,7 +131,8 @@ def test_a_multirun_runs_every_job_in_one_process(
     ],
 )
 def test_every_choice_trains(tmp_path: Path, choices: str) -> None:
-    train(tmp_path, "-m", choices, "debug=fast", "rollout=hf", "logger=none")
+    few = "callbacks.evaluation.max_prompts=16"  # it is training that is claimed here
+    train(tmp_path, "-m", choices, "debug=fast", "rollout=hf", "logger=none", few)
     runs = [path.parent for path in tmp_path.glob("multirun/**/summary.json")]
     assert len(runs) == choices.count(",") + 1
     for run in runs:

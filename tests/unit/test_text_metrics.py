@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from powerflow_lit.metrics import at_k, text
 from powerflow_lit.metrics.bootstrap import bootstrap
-from powerflow_lit.reporting import statistics
+from powerflow_lit.reporting import points, tables
 
 SENTENCES = [
     "the cat sat on the mat and the dog sat on the rug",
@@ -122,6 +122,6 @@ def test_a_class_takes_what_equals_its_name_and_keeps_missing_answers_apart() ->
 
 def test_the_report_s_intervals_are_these() -> None:
     values = np.array([[0.0, 1.0], [1.0, np.nan], [0.0, 0.0]])
-    assert statistics.bootstrap is bootstrap
+    assert tables.bootstrap is points.bootstrap is bootstrap
     low, high = bootstrap(values, draws=400, level=0.9, seed=0)[0]
     assert 0 <= low < 1 / 3 < high <= 1
