@@ -14,7 +14,8 @@ from lightning.pytorch.loggers.logger import Logger
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from powerflow_lit.callbacks import Checkpoint, Evaluation, Samples, SelfCheck, StepMetrics
+from powerflow_lit.callbacks import Evaluation, Samples, SelfCheck, StepMetrics
+from powerflow_lit.checkpoints import Checkpoint
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig

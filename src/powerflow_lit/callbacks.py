@@ -1,8 +1,7 @@
-"""What happens beside training: evaluation, self-checks, logging, samples and checkpoints."""
+"""What happens beside training: evaluation, self-checks, logging and samples."""
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,8 @@ def _parts(trainer: L.Trainer) -> tuple[PowerFlowModule, RolloutDataModule]:
     return module, data
 
 
-def _due(trainer: L.Trainer, every: int) -> bool:
+def due(trainer: L.Trainer, every: int) -> bool:
+    """Whether something that is done every so many refills is to be done at the end of this one."""
     done = trainer.current_epoch + 1
     return done % every == 0 or done == trainer.max_epochs
 
@@ -118,7 +118,7 @@ class Evaluation(Callback):
         log(trainer, self.base, step=0, refill=0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _due(trainer, self.every_n_refills):
+        if due(trainer, self.every_n_refills):
             self.final = self._evaluate(trainer, Decoding(1.0))
             refill = trainer.current_epoch + 1
             log(trainer, self.final, step=trainer.global_step, refill=refill)
@@ -182,7 +182,7 @@ class SelfCheck(Callback):
             log(trainer, self._spread(module), step=0, refill=0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _due(trainer, self.every_n_refills):
+        if due(trainer, self.every_n_refills):
             spread = self._spread(_parts(trainer)[0])
             log(trainer, spread, step=trainer.global_step, refill=trainer.current_epoch + 1)
 
@@ -218,23 +218,3 @@ class Samples(Callback):
                 if isinstance(logger, WandbLogger):
                     table = [[row[c] for c in columns] for row in rows]
                     logger.log_table("samples", columns, table, step=trainer.global_step)
-
-
-class Checkpoint(Callback):
-    """Writes `checkpoints/last.ckpt` aside and renames it, so that one good file always stands."""
-
-    def __init__(self, folder: Path, *, every_n_refills: int) -> None:
-        self.path = folder / "checkpoints" / "last.ckpt"
-        self.every_n_refills = every_n_refills
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # a monitor that stops the run has chosen the checkpoint that stands
-        if not _due(trainer, self.every_n_refills) or trainer.should_stop:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".ckpt.tmp")
-        trainer.save_checkpoint(aside)
-        if trainer.is_global_zero:
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, self.path)

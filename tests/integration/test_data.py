@@ -26,7 +26,7 @@ from powerflow_lit.prepare_data import prepare
 from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.creative_writing import CreativeWriting
 from powerflow_lit.tasks.sources import Source, read_questions
-from powerflow_lit.train import run
+from powerflow_lit.training import run
 from tests.tiny_models import Kind, make_tiny_model
 
 DATA = Path(os.environ.get("POWERFLOW_DATA") or Path(__file__).parents[3] / "shared" / "data")

@@ -29,6 +29,7 @@ FORBIDDEN = {
     "module.py": {"hydra", "omegaconf", "config"},
     "datamodule.py": {"hydra", "omegaconf", "config"},
     "callbacks.py": {"hydra", "omegaconf", "config"},
+    "checkpoints.py": {"hydra", "omegaconf", "config"},
     "enumerable.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
                       "rollout", "tasks", "metrics", "module", "datamodule", "log_z"},
     "monitor.py": {"hydra", "omegaconf", "config"},
