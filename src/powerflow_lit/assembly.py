@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
-from powerflow_lit.interrupt import StopOnInterrupt
+from powerflow_lit.interrupt import StopSignals, StopWhereSafe
 from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
+from powerflow_lit.models.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from powerflow_lit.models.loading import end_ids, load_model, load_tokenizer, local_folder
 from powerflow_lit.models.logprobs import check_output_layer
 from powerflow_lit.models.lora import LoraSettings, add_lora
@@ -170,8 +172,33 @@ def build_datamodule(
     )
 
 
+def identity_of(
+    config: TrainConfig, policy: PreTrainedModel, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What must be the same when the run is resumed; the policy is not trained yet."""
+    return {
+        **chosen_identity(config),
+        "vocabulary": vocabulary_fingerprint(tokenizer),
+        "weights": weights_fingerprint(policy),
+    }
+
+
+def chosen_identity(config: TrainConfig) -> dict[str, Any]:
+    """The part of it that is known before a model loads."""
+    return {
+        "alpha": config.alpha,
+        "strategy": config.strategy.name,
+        "finetune": config.finetune.kind,
+    }
+
+
 def build_callbacks(
-    config: TrainConfig, run_dir: Path, task: Task, clock: PhaseClock
+    config: TrainConfig,
+    run_dir: Path,
+    task: Task,
+    clock: PhaseClock,
+    signals: StopSignals,
+    identity: Mapping[str, Any],
 ) -> tuple[Evaluation, list[L.Callback]]:
     """The evaluation callback, and all callbacks in the order in which they must run."""
     chosen = config.callbacks
@@ -191,7 +218,7 @@ def build_callbacks(
         clock=clock,
     )
     steps = StepMetrics(clock)
-    checkpoint = Checkpoint(run_dir, every_n_refills=chosen.checkpoint.every_n_refills)
+    checkpoint = Checkpoint(run_dir, **vars(chosen.checkpoint), identity=identity)
     return evaluation, [
         steps,
         evaluation,
@@ -205,7 +232,7 @@ def build_callbacks(
             every_n_refills=chosen.console.every_n_refills,
             headline=task.headline,
         ),
-        StopOnInterrupt(),
+        StopWhereSafe(signals),
         *build_monitor(config, checkpoint.path),
         # last, so that a checkpoint holds what the others logged
         checkpoint,

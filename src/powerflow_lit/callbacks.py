@@ -113,7 +113,8 @@ class Evaluation(Callback):
         if self.base or trainer.global_step > 0:
             return
         for decoding in self.decodings:
-            self.base_decodings[decoding.name] = self._evaluate(trainer, decoding)
+            if decoding.name not in self.base_decodings:  # by a run that was stopped here
+                self.base_decodings[decoding.name] = self._evaluate(trainer, decoding)
         self.base = self.final = self._evaluate(trainer, Decoding(1.0))
         log(trainer, self.base, step=0, refill=0)
 

@@ -42,7 +42,7 @@ class RefillProgress(Callback):
         self.console = wide_console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._phase, self._since = "", 0.0
+        self._phase, self._since, self._done = "", 0.0, 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -62,8 +62,9 @@ class RefillProgress(Callback):
         """Progress of a phase: `done` of `total` responses, `tokens` sampled so far."""
         if self._progress is None or self._task is None:
             return
-        if phase != self._phase or done <= 1:
+        if phase != self._phase or done < self._done:
             self._phase, self._since = phase, time.perf_counter()
+        self._done = done
         speed = tokens / max(time.perf_counter() - self._since, 1e-3)
         note = f"{done}/{total}" + (f"  {speed:,.0f} tok/s" if tokens else "")
         self._progress.update(self._task, description=phase, completed=done, total=total, note=note)
@@ -84,7 +85,8 @@ class RefillProgress(Callback):
     def _line(self, refill: int, refills: int, data: RolloutDataModule) -> str:
         metrics = data.refill_metrics
         parts = [f"{name} {metrics[key]:{fmt}}" for name, key, fmt in LINE if key in metrics]
-        parts.append(f"{self.steps.performance['perf/tokens_per_s']:,.0f} tok/s")
+        if speed := self.steps.performance.get("perf/tokens_per_s"):
+            parts.append(f"{speed:,.0f} tok/s")
         if refill % self.evaluation.every_n_refills == 0 or refill == refills:
             value = self.evaluation.final.get(f"val/{self.headline}")
             if value is not None:
@@ -108,6 +110,7 @@ NOISE = (
     "LeafSpec",
     "transfer_batch",
     "reduce_op",
+    "your dataloader is not resumable",  # `datamodule.Updates` is, by our own count
 )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.clock import PhaseClock
@@ -53,6 +52,22 @@ class RolloutSettings:
     guard_min_p: float  # rollouts and log-probs keep to tokens of so much of the top one's; 0: all
 
 
+class Updates:
+    """A refill's updates from the `start`-th on; its length is that of the whole refill.
+
+    Lightning takes up an epoch in its middle, but a plain loader would begin it anew.
+    """
+
+    def __init__(self, updates: Sequence[TrajectoryBatch], start: int) -> None:
+        self._updates, self._start = updates, start
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __iter__(self) -> Iterator[TrajectoryBatch]:
+        return iter(self._updates[self._start :])
+
+
 class RolloutDataModule(L.LightningDataModule):
     """Refills a replay buffer before each epoch; an epoch is the updates of one refill.
 
@@ -86,6 +101,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.pad_id = int(tokenizer.pad_token_id)
         self.refill_metrics: dict[str, float] = {}
         self.tokens_generated = 0
+        self._made_before = (-1, 0)  # refill of the checkpoint, and its updates made by then
         self.on_progress: Progress | None = None
         self._engine_factory = engine_factory
         self._engine: RolloutEngine | None = None
@@ -107,14 +123,19 @@ class RolloutDataModule(L.LightningDataModule):
         assert isinstance(module, PowerFlowModule)
         return module
 
-    def train_dataloader(self) -> DataLoader[TrajectoryBatch]:
-        """The updates until the next refill, which is made first unless the buffer holds it."""
-        assert self.trainer is not None
-        if self.buffer.refill != self.trainer.current_epoch:
-            self.refill(self.trainer.current_epoch)
-        # each update is a batch already; a bare list would be taken for several data loaders
-        updates: Any = self.buffer.updates(self.pad_id)
-        return DataLoader(updates, batch_size=None)
+    def train_dataloader(self) -> Updates:
+        """The updates until the next refill, which is made first unless the buffer holds it.
+
+        After a resume those that the checkpoint has made of this refill are left out.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
+        if self.buffer.refill != epoch and epoch <= last:  # past the last, Lightning asks in vain
+            self.refill(epoch)
+        refill, made = self._made_before
+        start = made if refill == self.buffer.refill else 0
+        return Updates(self.buffer.updates(self.pad_id), start)
 
     def refill(self, index: int) -> None:
         """Sync the engine, sample, score under the base and store refill `index`.
@@ -174,7 +195,11 @@ class RolloutDataModule(L.LightningDataModule):
             self._engine = None
 
     def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return {
+            "updates_made": [self.buffer.refill, progress.processed],
+            "refill_metrics": self.refill_metrics,
             "buffer": self.buffer.state_dict(),
             "tokens_generated": self.tokens_generated,
             "clock": self.clock.state_dict(),
@@ -182,6 +207,9 @@ class RolloutDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state_dict["buffer"])
+        refill, made = state_dict["updates_made"]
+        self._made_before = (refill, made)
+        self.refill_metrics = state_dict["refill_metrics"]
         self.tokens_generated = state_dict["tokens_generated"]
         self.clock.load_state_dict(state_dict["clock"])
 

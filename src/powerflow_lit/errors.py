@@ -7,12 +7,13 @@ from powerflow_lit.judging.endpoint import JudgeError
 from powerflow_lit.models.loading import ModelError
 from powerflow_lit.monitor import MonitorError
 from powerflow_lit.objectives import ObjectiveError
+from powerflow_lit.resume import CheckpointError
 from powerflow_lit.rollout import EngineError
 from powerflow_lit.tasks.base import TaskError
 
 USER_ERRORS = (
     ConfigError, ModelError, TaskError, EngineError, ObjectiveError, MonitorError,
-    JudgeError, InstantiationException,
+    JudgeError, CheckpointError, InstantiationException,
 )  # fmt: skip
 
 

@@ -27,9 +27,18 @@ def evaluate(
 
     Args:
         prompts, prompt_ids: the task's evaluation prompts and their token ids, in order.
+        on_progress: takes responses and tokens sampled so far; what it raises ends the evaluation,
+            also between the scores, which may take as long.
     """
     completions = decoding.completions(engine, prompt_ids, settings, on_progress)
-    return [task.score(sample) for sample in sampled(tokenizer, prompts, completions)]
+    responses = sum(map(len, completions))
+    tokens = sum(len(c.token_ids) for group in completions for c in group)
+    scores = []
+    for sample in sampled(tokenizer, prompts, completions):
+        scores.append(task.score(sample))
+        if on_progress is not None:
+            on_progress(responses, tokens)
+    return scores
 
 
 def val_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,57 +1,103 @@
-"""Ctrl-C that is never lost: noted at once, acted on at the next safe point."""
+"""Signals that ask a run to stop: noted at once, acted on where the run can be saved."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+LAST_RESORT_S = 20  # after a second signal; then the process ends wherever it hangs
 
-class StopOnInterrupt(Callback):
-    """Stops the run at the next update or finished response after Ctrl-C; a second one at once.
 
-    Python drops a KeyboardInterrupt that is raised inside a destructor or a library's callback,
-    and the run would go on. So the handler only takes a note, which is read where raising is safe.
+class Stopped(SystemExit):
+    """A signal asked the run to stop; the exit code is 128 + its number.
+
+    Attributes:
+        at_once: it was asked twice, so nothing more is to be saved.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+    def __init__(self, number: int, *, at_once: bool = False) -> None:
+        super().__init__(128 + number)
+        self.signal, self.at_once = signal.Signals(number), at_once
+
+
+class StopSignals:
+    """Takes the signals that stop a run, as a context manager, and gives them back at its end.
+
+    Python drops an exception that is raised inside a destructor or a library's callback, and one
+    raised amid an update would leave half of it. So while `deferred` holds a first signal only
+    takes a note, which `check` reads where raising is safe; else it raises at once. A second
+    signal raises wherever the process is, and ends it after `LAST_RESORT_S` seconds.
+
+    Args:
+        names: signals beside SIGINT (Ctrl-C), e.g. `SIGTERM`, and `SIGUSR1` as SLURM may send it.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.numbers = [signal.SIGINT, *(signal.Signals[name] for name in names)]
+        self.requested: signal.Signals | None = None
+        self._deferred = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
+            self._previous = {n: signal.signal(n, self._note) for n in self.numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While this holds the first signal raises in `check` only."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Raises `Stopped` if a signal came since the start."""
+        if self.requested is not None:
+            raise Stopped(self.requested)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.requested = self.requested is not None, signal.Signals(number)
+        if again:
+            last_resort = threading.Timer(LAST_RESORT_S, os._exit, (128 + number,))
+            last_resort.daemon = True
+            last_resort.start()
+            raise Stopped(number, at_once=True)
+        what = "Ctrl-C" if number == signal.SIGINT else self.requested.name
+        print(f"stopping: {what} (once more: at once, unsaved)", flush=True)
+        if not self._deferred:
+            raise Stopped(number)
+
+
+class StopWhereSafe(Callback):
+    """Reads the note between updates, and as rollouts, scores and evaluations go on."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self._previous = signal.signal(signal.SIGINT, self._note)
         data = trainer.datamodule  # type: ignore[attr-defined]
         show = data.on_progress
 
         def checked(*arguments: Any) -> None:
-            self.check()
+            self.signals.check()
             if show is not None:
                 show(*arguments)
 
         data.on_progress = checked
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C came since the start."""
-        if self.requested:
-            raise KeyboardInterrupt
-
-    def stop(self) -> None:
-        """Give Ctrl-C back; safe to call twice."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            signal.default_int_handler(number, frame)
-        self.requested = True
-        print("stopping (Ctrl-C again: at once)", flush=True)
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.signals.check()

@@ -248,9 +248,6 @@ class PowerFlowModule(L.LightningModule):
     ) -> TrajectoryBatch:
         return batch.to(device)
 
-    def on_train_epoch_start(self) -> None:
-        without_dropout(self.policy)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept, weights = self._checkpoint_names(), checkpoint.get("state_dict", {})
         for name in weights.keys() - kept:
@@ -281,6 +278,7 @@ class PowerFlowModule(L.LightningModule):
         return {n for n in self.state_dict() if not n.startswith("policy.") or n in trained}
 
     def on_train_start(self) -> None:
+        without_dropout(self.policy)  # also where a resume begins in the middle of an epoch
         state = getattr(self, "_random_state_to_restore", None)
         if state is not None:
             _restore_random_state(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 
+from powerflow_lit.checkpoints import GOOD, PREVIOUS, link
 from powerflow_lit.module import PowerFlowModule
 
 Action = Literal["warn", "stop", "pull"]
@@ -106,7 +106,7 @@ class Recorder(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()  # every metric since the start of the run
-        self._values: dict[str, list[float]] = {}
+        self.values: dict[str, list[float]] = {}
 
     @property
     def name(self) -> str:
@@ -121,13 +121,13 @@ class Recorder(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         for name, value in metrics.items():
-            self._values.setdefault(name, []).append(float(value))
+            self.values.setdefault(name, []).append(float(value))
         self.seen |= metrics.keys()
 
     def take(self) -> dict[str, float]:
         """Means of what was logged since the last time, by metric."""
-        means = {name: sum(values) / len(values) for name, values in self._values.items()}
-        self._values = {}
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        self.values = {}
         return means
 
 
@@ -153,15 +153,16 @@ class Monitor(Callback):
     ) -> None:
         self.watches = [Watch(rule) for rule in rules]
         self.pull_factor, self.pull_recovery = pull_factor, pull_recovery
-        self.checkpoint, self.good = checkpoint, checkpoint.with_name("good.ckpt")
+        self.checkpoint, self.good = checkpoint, checkpoint.with_name(GOOD)
         self.stopped_by: str | None = None
         self._recorder = Recorder()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.loggers = [*trainer.loggers, self._recorder]
 
-    def on_train_start(self, *_: Any) -> None:
-        self._recorder.take()  # the base's evaluation is of no refill
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._recorder.take()  # the base's evaluation is of no refill
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, PowerFlowModule)
@@ -205,35 +206,21 @@ class Monitor(Callback):
             trainer.should_stop = True
             if trainer.is_global_zero and self.good.exists():
                 os.replace(self.good, self.checkpoint)
+                self.checkpoint.with_name(PREVIOUS).unlink(missing_ok=True)  # newer, and not good
             module.print(f"stopped at refill {trainer.current_epoch + 1}: {self.stopped_by}")
         elif stops and all(w.streak == 0 for w in stops) and trainer.is_global_zero:
-            _link(self.checkpoint, self.good)
+            link(self.checkpoint, self.good)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "watches": {w.rule.name: w.state_dict() for w in self.watches},
             "seen": sorted(self._recorder.seen),
+            "values": self._recorder.values,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recorder.seen |= set(state_dict["seen"])
+        self._recorder.values = state_dict.get("values", {})  # of a refill that was broken off
         for watch in self.watches:
             if watch.rule.name in state_dict["watches"]:
                 watch.load_state_dict(state_dict["watches"][watch.rule.name])
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the file that `source` is now, if there is one, at no cost in disk or time.
-
-    The checkpoint is always renamed into place, so that a hard link keeps the old one.
-    """
-    if not source.exists():
-        return
-    aside = target.with_suffix(".tmp")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(source, aside)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, aside)
-    os.replace(aside, target)
-    aside.unlink(missing_ok=True)  # renaming between links of one file leaves both

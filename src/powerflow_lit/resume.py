@@ -1,16 +1,23 @@
-"""Finding what a run can be resumed from."""
+"""Finding what a run can be resumed from, and refusing what it cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import yaml
 from transformers import PreTrainedModel
 
+from powerflow_lit import __version__
 from powerflow_lit.assembly import lora_settings
+from powerflow_lit.checkpoints import GOOD, LAST, PREVIOUS
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
@@ -20,31 +27,149 @@ from powerflow_lit.precision import HALF
 from powerflow_lit.run_folder import read_summary
 from powerflow_lit.sweep import ENDED
 
+# what must be the same on resume, and how a person calls it
+IDENTITY = {
+    "alpha": "alpha",
+    "strategy": "strategy",
+    "finetune": "finetune",
+    "vocabulary": "the tokenizer's vocabulary",
+    "weights": "the base's weights",
+}
+
+
+class CheckpointError(ValueError):
+    """A run cannot be continued; the message names the file and what is wrong with it."""
+
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint and how far it had come."""
+    """A checkpoint that can be read, and how far it had come."""
 
     path: Path
-    progress: tuple[int, int]  # optimizer updates, refills
+    updates: int
+    refills: int  # whole ones
+    identity: Mapping[str, Any]  # see IDENTITY
+    damaged: tuple[Path, ...] = ()  # newer ones, which cannot be read
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds. Nothing in it is ever run (`weights_only=True`).
+
+    Raises:
+        CheckpointError: it is cut short, altered, holds code, or is none of ours.
+    """
+    try:
+        with ZipFile(path) as parts:
+            altered = parts.testzip()  # torch does not look at its checksums
+        if altered is not None:
+            raise CheckpointError(f"{path} is damaged: {altered} in it was altered")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds code, which is never run: {_first(error)}") from error
+    except (BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: {_first(error)}") from error
+    if not isinstance(state, dict) or not {"run", "powerflow", "state_dict"} <= state.keys():
+        raise CheckpointError(f"{path} is no checkpoint of powerflow_lit {__version__}")
+    return state
 
 
 def checkpoint_of(run_dir: Path) -> ResumePoint | None:
-    """The last checkpoint of a run folder, or None if the run had not come that far."""
-    path = run_dir / "checkpoints" / "last.ckpt"
+    """The newest checkpoint of a run folder that can be read; None if there is none at all.
+
+    Raises:
+        CheckpointError: there are some, and none can be read.
+    """
+    wrong: list[CheckpointError] = []
+    damaged: list[Path] = []
+    for name in (LAST, PREVIOUS, GOOD):
+        path = run_dir / "checkpoints" / name
+        if not path.exists():
+            continue
+        try:
+            run = read_checkpoint(path)["run"]
+        except CheckpointError as error:
+            wrong.append(error)
+            damaged.append(path)
+            continue
+        for reason in wrong:
+            print(f"warning: {reason}; going on from {name}", file=sys.stderr)
+        return ResumePoint(path, run["updates"], run["refills"], run["identity"], tuple(damaged))
+    if wrong:
+        raise CheckpointError(
+            "; ".join(map(str, wrong)) + f"; to begin anew: remove {run_dir / 'checkpoints'}"
+        )
+    return None
+
+
+def refuse_another(point: ResumePoint, now: Mapping[str, Any], *, force: bool) -> None:
+    """Refuse to continue with another model, vocabulary, alpha or strategy.
+
+    Args:
+        now: of the run that is to continue, by the names of IDENTITY; it may hold some only.
+        force: warn of it instead.
+
+    Raises:
+        CheckpointError: names what differs, and its two values.
+    """
+    differ = [
+        f"{IDENTITY[name]} was {point.identity[name]}, now {value}"
+        for name, value in now.items()
+        if point.identity[name] != value
+    ]
+    if differ and force:
+        print(f"warning: resume_force=true: {'; '.join(differ)}", file=sys.stderr)
+    elif differ:
+        raise CheckpointError(
+            f"{point.path} is of another run: {'; '.join(differ)}. Start a new run_dir, or add "
+            "resume_force=true to go on all the same"
+        )
+
+
+def set_damaged_aside(point: ResumePoint) -> None:
+    """Rename what cannot be read, so that it never takes the place of a good checkpoint."""
+    for path in point.damaged:
+        os.replace(path, path.with_name(path.name + ".damaged"))
+
+
+def changed_settings(run_dir: Path, config: TrainConfig) -> list[str]:
+    """What the run is now told that it was not told before, as `key: before -> now`."""
+    path = run_dir / "config.yaml"
     if not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return ResumePoint(path, (state["global_step"], state["epoch"] + 1))
+        return []
+    before, now = _flat(yaml.safe_load(path.read_text())), _flat(as_dict(config))
+    return [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in ("run_dir", "resume", "resume_force")
+    ]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def load_policy(model: PreTrainedModel, run_dir: Path) -> PreTrainedModel:
-    """A run's policy from its last checkpoint, for a run that has not exported yet.
+    """A run's policy from its newest checkpoint, for a run that has not exported yet.
 
     `model` is what the run started from; an adapter is merged into it.
+
+    Raises:
+        CheckpointError: there is none that can be read.
     """
-    path = run_dir / "checkpoints" / "last.ckpt"
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    point = checkpoint_of(run_dir)
+    if point is None:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet")
+    state = read_checkpoint(point.path)["state_dict"]
     weights = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     tuned = saved.get("finetune", {})

@@ -120,6 +120,8 @@ def append_problems(
 ) -> None:
     """Add one evaluation to problems.csv, a row for each prompt; refill 0 is the base.
 
+    It takes the place of one of the same name, which a run that was killed here has left.
+
     `benchmark` names whose prompts they are, where there may be several.
     """
     first = {} if benchmark is None else {"benchmark": benchmark}
@@ -127,7 +129,9 @@ def append_problems(
         {**first, "refill": refill, "decoding": decoding, "prompt_id": i, **score}
         for i, score in zip(prompt_ids, scores, strict=True)
     ]
-    _write_problems(folder, [*read_problems(folder), *new])
+    key = {**first, "refill": str(refill), "decoding": decoding}
+    kept = [row for row in read_problems(folder) if any(row.get(k) != v for k, v in key.items())]
+    _write_problems(folder, [*kept, *new])
 
 
 def read_problems(folder: Path) -> list[dict[str, Any]]:
@@ -140,8 +144,8 @@ def read_problems(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut_problems(folder: Path, refills: int) -> None:
-    """Drop the evaluations that the resumed checkpoint does not hold; all without a checkpoint."""
-    keep_problems(folder, lambda row: refills > 0 and int(row["refill"]) <= refills)
+    """Drop the evaluations after a checkpoint of so many refills; -1 drops the base's as well."""
+    keep_problems(folder, lambda row: int(row["refill"]) <= refills)
 
 
 def keep_problems(folder: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:

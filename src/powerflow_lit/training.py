@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from powerflow_lit import run_folder
 from powerflow_lit.assembly import (
@@ -17,17 +19,27 @@ from powerflow_lit.assembly import (
     build_module,
     build_policy,
     build_wandb,
+    chosen_identity,
+    identity_of,
 )
 from powerflow_lit.callbacks import Evaluation
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.errors import root_cause
 from powerflow_lit.export import data_notes, export, model_card, push
+from powerflow_lit.interrupt import Stopped, StopSignals
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.precision import with_half_precision
-from powerflow_lit.resume import checkpoint_of
+from powerflow_lit.resume import (
+    ResumePoint,
+    changed_settings,
+    checkpoint_of,
+    refuse_another,
+    set_damaged_aside,
+)
 
 
 def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -35,28 +47,37 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
 
     Raises:
         ConfigError: the folder already holds a run and `resume` does not name it.
+        CheckpointError: the run cannot be continued.
+        Stopped: a signal asked it to stop; it is saved.
     """
+    with StopSignals(config.callbacks.stop_signals) as signals:
+        return _run(config, run_dir, overrides, signals)
+
+
+def _run(
+    config: TrainConfig, run_dir: Path, overrides: Sequence[str], signals: StopSignals
+) -> dict[str, Any]:
     clock = PhaseClock()
-    checkpoint = checkpoint_of(run_dir) if config.resume else None
-    if checkpoint is None and (run_dir / "metrics.csv").exists() and not config.resume:
-        raise ConfigError(
-            f"run_dir={run_dir} already holds a run: continue it with resume={run_dir}, "
-            "or choose another run_dir"
-        )
-    run_folder.write_configs(run_dir, as_dict(config), overrides)
-    L.seed_everything(config.seed, verbose=False)
+    point = _resume_point(config, run_dir)
     # what can be wrong with strategy and task shows before a model loads
     objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
     task.train_prompts(), task.eval_prompts()
+    run_folder.write_configs(run_dir, as_dict(config), overrides)
+    L.seed_everything(config.seed, verbose=False)
     print(*task.notes, sep="\n", end="\n" if task.notes else "")
     policy, tokenizer = build_policy(config)
+    identity = identity_of(config, policy, tokenizer)
+    if point is not None:
+        refuse_another(point, identity, force=config.resume_force)
+        set_damaged_aside(point)
     module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)
-    evaluation, callbacks = build_callbacks(config, run_dir, task, clock)
-    step, refills = checkpoint.progress if checkpoint else (None, 0)
-    run_folder.cut_samples(run_dir, refills)
-    run_folder.cut_problems(run_dir, refills)
-    loggers: list[Any] = [run_folder.MetricsCsv(run_dir, keep_until=step)]
+    evaluation, callbacks = build_callbacks(config, run_dir, task, clock, signals, identity)
+    run_folder.cut_samples(run_dir, point.refills if point else 0)
+    run_folder.cut_problems(run_dir, point.refills if point else -1)
+    loggers: list[Any] = [
+        run_folder.MetricsCsv(run_dir, keep_until=point.updates if point else None)
+    ]
     if config.logger.name == "wandb":
         loggers.append(build_wandb(config, run_dir))
     trainer: L.Trainer = instantiate(
@@ -73,42 +94,69 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-    status, stopped_by, pushed = "failed", None, None
+    ending: dict[str, Any] = {"status": "failed"}
     try:
-        path = str(checkpoint.path) if checkpoint else None
-        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        path = str(point.path) if point else None
+        with signals.deferred():
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
-        status = "finished" if stopped_by is None else "diverged"
-        if config.callbacks.export and stopped_by is None:
-            summary = _summary(config, status, module, data, evaluation, clock)
+        ending["status"] = "finished" if stopped_by is None else "diverged"
+        if stopped_by is not None:
+            ending["stopped_by"] = stopped_by
+        elif config.callbacks.export:
+            summary = _summary(config, module, data, evaluation, clock, ending)
             card = model_card(as_dict(config), summary, data_notes(data))
             dtype = config.callbacks.export_dtype
             export(policy, tokenizer, run_dir, dtype=dtype, card=card)
-            pushed = _push(config, run_dir)
-    except (KeyboardInterrupt, SystemExit):
-        status = "interrupted"
+            ending |= _push(config, run_dir)
+    except (Stopped, SIGTERMException) as error:
+        number = error.signal if isinstance(error, Stopped) else signal.SIGTERM
+        ending |= {"status": "interrupted", "stopped_by": signal.Signals(number).name}
         print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
+        raise Stopped(number) from error
+    except Exception as error:
+        ending["error"] = str(root_cause(error))
         raise
     finally:
         data.close()
         for callback in callbacks:
             getattr(callback, "stop", lambda: None)()
-        summary = _summary(config, status, module, data, evaluation, clock)
-        if stopped_by is not None:
-            summary["stopped_by"] = stopped_by
-        if pushed is not None:
-            summary["push_to_hub"] = pushed
+        summary = _summary(config, module, data, evaluation, clock, ending)
         run_folder.write_summary(run_dir, summary)
         if config.logger.name == "wandb":
             _finish_wandb(loggers[-1], summary)
     return summary
 
 
-def _push(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+def _resume_point(config: TrainConfig, run_dir: Path) -> ResumePoint | None:
+    """The checkpoint to go on from; None for a run that begins.
+
+    Raises:
+        ConfigError, CheckpointError: see `run`.
+    """
+    if not config.resume:
+        if (run_dir / "metrics.csv").exists():
+            raise ConfigError(
+                f"run_dir={run_dir} already holds a run: continue it with resume={run_dir}, "
+                "or choose another run_dir"
+            )
+        return None
+    point = checkpoint_of(run_dir)
+    if point is None:
+        print(f"resume: {run_dir} has no checkpoint yet, so the run begins anew")
+        return None
+    refuse_another(point, chosen_identity(config), force=config.resume_force)
+    print(f"resume: from {point.path.name} after {point.refills} refills, {point.updates} updates")
+    for line in changed_settings(run_dir, config):
+        print(f"resume: changed {line}")
+    return point
+
+
+def _push(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """Upload the export where that is asked for; what summary.json says of it."""
     repo = config.callbacks.push_to_hub
     if repo is None:
-        return None
+        return {}
     print(f"pushing {run_dir / 'export'} to {repo}")
     failure = push(run_dir / "export", repo, private=config.callbacks.push_private)
     if failure is not None:
@@ -117,19 +165,19 @@ def _push(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
             f"(later: hf upload {repo} {run_dir / 'export'})",
             file=sys.stderr,
         )
-    return {"repo": repo, "error": failure}
+    return {"push_to_hub": {"repo": repo, "error": failure}}
 
 
 def _summary(
     config: TrainConfig,
-    status: str,
     module: PowerFlowModule,
     data: RolloutDataModule,
     evaluation: Evaluation,
     clock: PhaseClock,
+    ending: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
-        "status": status,
+        **ending,
         "task": config.task.name,
         "model": config.model.name,
         "finetune": config.finetune.kind,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +11,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 # a run of four refills in seconds
 QUICK = (
@@ -17,16 +22,31 @@ QUICK = (
 )  # fmt: skip
 
 
+REFILL = "powerflow_lit.datamodule:RolloutDataModule.refill"
+TICK = (
+    "powerflow_lit.console:RefillProgress.show"  # for each token or so of rollouts and evaluations
+)
+EVALUATION = "powerflow_lit.callbacks:Evaluation._evaluate"
+SAVE = "powerflow_lit.checkpoints:Checkpoint._save"
+STEP = "powerflow_lit.module:PowerFlowModule.configure_gradient_clipping"  # before it is made
+
+
 def start(
-    folder: Path, *overrides: str, env: Mapping[str, str] | None = None
+    folder: Path,
+    *overrides: str,
+    env: Mapping[str, str] | None = None,
+    fault: tuple[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """`python -m powerflow_lit.train ...` from `folder`, in a process group of its own.
 
-    Its output is one stream, line by line.
+    Its output is one stream, line by line. `fault`: a moment and an action, see `faulty_train`.
     """
+    command = ["-m", "powerflow_lit.train"]
+    if fault is not None:
+        command = [str(Path(__file__).with_name("faulty_train.py")), *fault]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     return subprocess.Popen(
-        [sys.executable, "-m", "powerflow_lit.train", *overrides],
+        [sys.executable, *command, *overrides],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -68,3 +88,61 @@ def left_of(process: subprocess.Popen[str], *, after: float = 30) -> str:
 def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
     """The signal to the run's own process, as the kernel or a scheduler sends it."""
     os.kill(process.pid, number)
+
+
+def finish(folder: Path, *overrides: str) -> str:
+    """A run to its end; returns what it printed."""
+    process = start(folder, *overrides)
+    code, output = end_of(process, within=600)
+    assert code == 0, output[-3000:]
+    return output
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(expected: Any, found: Any, where: str = "") -> None:
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(expected, dict):
+        assert expected.keys() == found.keys(), where
+        for key in expected:
+            assert_same(expected[key], found[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(expected) == len(found), where
+        for i, (one, other) in enumerate(zip(expected, found, strict=True)):
+            assert_same(one, other, f"{where}/{i}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, found), where
+    else:
+        assert expected == found or (expected != expected and found != found), where
+
+
+def assert_same_run(expected: Path, found: Path) -> None:
+    """Two finished runs: weights, optimizer, buffer, random states, metrics, samples, export."""
+    states = [last_checkpoint(run) for run in (expected, found)]
+    for state in states:
+        del state["loops"]  # Lightning's counts of hooks begun, which a restart counts again
+        del state["RolloutDataModule"]["clock"]
+    assert_same(*states, where="checkpoint")
+    for name in ("metrics.csv", "problems.csv"):
+        tables = [rows_of(run / name) for run in (expected, found)]
+        for rows in tables:
+            for row in rows:
+                for timed in [key for key in row if key.startswith("perf/")]:
+                    del row[timed]
+        assert_same(*tables, where=name)
+    for name in ("samples.jsonl", "export/model.safetensors"):
+        assert (expected / name).read_bytes() == (found / name).read_bytes(), name
+    summaries = [summary_of(run) for run in (expected, found)]
+    for name in ("status", "base", "base_decodings", "final", "refills", "steps", "tokens"):
+        assert summaries[0][name] == summaries[1][name], name

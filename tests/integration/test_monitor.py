@@ -30,7 +30,7 @@ def test_a_rule_stops_the_run_as_diverged_and_leaves_a_checkpoint_that_resumes(
         assert not (run / "export").exists()
         point = checkpoint_of(run)
         assert point is not None
-        assert point.progress == (2, 1), "updates and refills of the checkpoint before the stop"
+        assert (point.updates, point.refills) == (2, 1), "the checkpoint before the stop"
     assert ran.stdout.count("stopped at refill 2: monitor rule ends") == 2
     assert ran.stdout.count("diverged after 2 refills") == 2
     train(tmp_path, f"resume={runs[0]}", "refills=3", "~monitor.rules.ends")

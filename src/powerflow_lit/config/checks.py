@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from powerflow_lit.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 
 Schema = TypeVar("Schema")
+UNSTOPPABLE = (signal.SIGKILL, signal.SIGSTOP)  # no process can take these
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -127,6 +129,11 @@ def _check_ranges(config: TrainConfig) -> None:
         "callbacks.checkpoint.every_n_refills": config.callbacks.checkpoint.every_n_refills,
         "callbacks.console.every_n_refills": config.callbacks.console.every_n_refills,
     }
+    if (every := config.callbacks.checkpoint.every_n_updates) is not None:
+        at_least_one["callbacks.checkpoint.every_n_updates"] = every
+    for name in config.callbacks.stop_signals:
+        known = tuple(s.name for s in signal.Signals if s not in UNSTOPPABLE)
+        _one_of("callbacks.stop_signals", name, known)
     most = config.callbacks.evaluation.max_prompts
     if most is not None:
         at_least_one["callbacks.evaluation.max_prompts"] = most

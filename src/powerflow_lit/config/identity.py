@@ -10,17 +10,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # what may differ between a run and its continuation
-NOT_IDENTITY = ("run_dir", "resume", "study", "logger", "callbacks", "logit_chunk_mb")
+NOT_IDENTITY = (
+    "run_dir", "resume", "resume_force", "study", "logger", "callbacks", "logit_chunk_mb",
+)  # fmt: skip
 # a sweep's job is also known by how it is evaluated
 NOT_JOB_IDENTITY = (
-    "run_dir", "resume", "study", "logger", "hydra", "tokens_per_microbatch", "logit_chunk_mb",
+    "run_dir", "resume", "resume_force", "study", "logger", "hydra",
+    "tokens_per_microbatch", "logit_chunk_mb",
 )  # fmt: skip
 # neither does any of these change a result beyond rounding
 NOT_JOB_IDENTITY_BELOW = {
     "model": ("threads", "gradient_checkpointing", "memory_check", "estimate_only", "paper_name"),
     "rollout": ("logp_gap_limit", "logp_gap_trajectories"),
     "callbacks": ("console", "export", "export_dtype", "push_to_hub", "push_private",
-                  "checkpoint", "samples"),
+                  "checkpoint", "samples", "stop_signals"),
 }  # fmt: skip
 
 

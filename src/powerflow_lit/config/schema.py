@@ -123,6 +123,13 @@ class EveryConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    every_n_refills: int = MISSING
+    every_n_updates: int | None = MISSING
+    keep_previous: bool = MISSING
+
+
+@dataclass
 class SamplesConfig:
     per_refill: int = MISSING
 
@@ -131,9 +138,10 @@ class SamplesConfig:
 class CallbacksConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     selfcheck: SelfCheckConfig = field(default_factory=SelfCheckConfig)
-    checkpoint: EveryConfig = field(default_factory=EveryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     console: EveryConfig = field(default_factory=EveryConfig)
+    stop_signals: list[str] = MISSING
     export: bool = MISSING
     export_dtype: str | None = MISSING
     push_to_hub: str | None = MISSING
@@ -194,6 +202,7 @@ class TrainConfig:
     refills: int = MISSING
     study: str = MISSING
     resume: str | None = MISSING
+    resume_force: bool = MISSING
     run_dir: str = MISSING
 
 

@@ -53,7 +53,8 @@ class RolloutEngine(Protocol):
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions for each prompt's token ids, reproducible by seed.
 
-        `on_progress(responses finished, tokens so far)` is called as the work goes on.
+        `on_progress(responses finished, tokens of those)` is called for each token or so; what it
+        raises ends the work, and leaves the engine usable.
         `max_new_tokens` gives each prompt a limit of its own in place of the sampling's.
         """
         ...

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import plain_copy
@@ -70,7 +70,10 @@ class HfEngine:
         with torch.random.fork_rng(devices):
             torch.manual_seed(sampling.seed)
             for start in range(0, len(rows), self._sequences_per_batch):
-                batch = self._generate(rows[start : start + self._sequences_per_batch], sampling)
+                tick = _tick(on_progress, len(completions), tokens)
+                batch = self._generate(
+                    rows[start : start + self._sequences_per_batch], sampling, tick
+                )
                 completions += batch
                 tokens += sum(len(c.token_ids) for c in batch)
                 if on_progress is not None:
@@ -95,7 +98,9 @@ class HfEngine:
     def close(self) -> None:
         """Nothing to free beyond the copy itself."""
 
-    def _generate(self, rows: list[tuple[list[int], int]], sampling: Sampling) -> list[Completion]:
+    def _generate(
+        self, rows: list[tuple[list[int], int]], sampling: Sampling, tick: StoppingCriteriaList
+    ) -> list[Completion]:
         prompts = [prompt for prompt, _ in rows]
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
@@ -118,6 +123,7 @@ class HfEngine:
             ids.to(self._model.device),
             attention_mask=attention.to(self._model.device),
             generation_config=config,
+            stopping_criteria=tick,
         )
         # rows run to the longest limit; cutting them changes nothing of what came before
         found = zip(output[:, width:].tolist(), rows, strict=True)
@@ -132,3 +138,22 @@ class HfEngine:
     def _cut(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self._eos_ids), len(ids))
         return ids[: end + 1]
+
+
+class _Tick(StoppingCriteria):
+    """Stops no response: a call for each token, in which a run that is asked to stop may raise."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        self.call()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _tick(
+    on_progress: Callable[[int, int], None] | None, done: int, tokens: int
+) -> StoppingCriteriaList:
+    if on_progress is None:
+        return StoppingCriteriaList()
+    return StoppingCriteriaList([_Tick(lambda: on_progress(done, tokens))])

@@ -312,8 +312,8 @@ class VllmEngine:
                         results[int(result.request_id)] = result
                         samples += len(result.outputs)
                         tokens += sum(len(output.token_ids) for output in result.outputs)
-                        if on_progress is not None:
-                            on_progress(samples, tokens)
+                    if on_progress is not None:  # a run that is asked to stop raises here
+                        on_progress(samples, tokens)
             except BaseException:
                 engine.abort_request([str(first + i) for i in range(len(requests))])
                 raise

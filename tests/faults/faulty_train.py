@@ -1,0 +1,76 @@
+"""`powerflow_lit.train` with a fault at a chosen moment: the process sends a signal to itself.
+
+python faulty_train.py MOMENT ACTION [overrides]
+
+MOMENT is a chain of calls, `module:Class.method#3>module:function#2`: the second call of the
+function after the third call of the method has begun. ACTION is a signal, or `SIGINT*2` for two of
+them a second apart. Everything else is the real program.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+def at(moment: str, action: Callable[[], None]) -> None:
+    """Arrange for `action` when the chain of calls is complete."""
+    stages = moment.split(">")
+    reached = 0
+
+    def called(number: int, left: list[int]) -> None:
+        nonlocal reached
+        if reached != number:
+            return
+        left[0] -= 1
+        if left[0] == 0:
+            reached += 1
+            if reached == len(stages):
+                action()
+
+    for number, stage in enumerate(stages):
+        target, _, count = stage.partition("#")
+        _wrap(target, partial(called, number, [int(count)]))
+
+
+def _wrap(target: str, called: Callable[[], None]) -> None:
+    module, _, name = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    real = getattr(owner, leaf)
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        called()
+        return real(*arguments, **named)
+
+    setattr(owner, leaf, counting)
+
+
+def sender(action: str) -> Callable[[], None]:
+    name, _, times = action.partition("*")
+
+    def send() -> None:
+        for i in range(int(times or 1)):
+            if i:
+                time.sleep(1)
+            print(f"FAULT {name} {time.time()}", flush=True)
+            os.kill(os.getpid(), signal.Signals[name])
+
+    return send
+
+
+if __name__ == "__main__":
+    moment, action, *overrides = sys.argv[1:]
+    from powerflow_lit import train
+
+    at(moment, sender(action))
+    sys.argv = ["train", *overrides]
+    train.main()
