@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,11 +38,11 @@ MOMENTS = {
 @pytest.fixture(scope="module", params=["hf", "vllm"])
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
+) -> Path:
     """A run that nobody touched, in the folder `whole`; its engine is the folder's name."""
     folder = tmp_path_factory.mktemp(request.param)
     finish(folder, *QUICK, f"rollout={request.param}", "run_dir=whole")
-    yield folder / "whole"
+    return folder / "whole"
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -61,3 +60,16 @@ def test_a_run_killed_there_ends_as_one_never_touched(
     finish(tmp_path, *settings, "resume=auto")
     (run,) = tmp_path.glob("outputs/*/*/*/*")
     assert_same_run(whole, run)
+
+
+def test_a_run_killed_within_a_refill_repeats_no_update_that_it_has_saved(
+    whole: Path, tmp_path: Path
+) -> None:
+    if not whole.parent.name.startswith("hf"):
+        pytest.skip("the engine has no part in it")
+    settings = (*QUICK, "rollout=hf", "run_dir=run", "callbacks.checkpoint.every_n_updates=1")
+    process = start(tmp_path, *settings, fault=(MOMENTS["step"], "SIGKILL"))
+    assert end_of(process, within=300)[0] == -signal.SIGKILL
+    printed = finish(tmp_path, "resume=run")
+    assert "after 2 refills, 5 updates" in printed
+    assert_same_run(whole, tmp_path / "run")
