@@ -24,6 +24,7 @@ from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.export import data_notes, export, model_card, push
+from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.precision import with_half_precision
@@ -56,7 +57,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     step, refills = checkpoint.progress if checkpoint else (None, 0)
     run_folder.cut_samples(run_dir, refills)
     run_folder.cut_problems(run_dir, refills)
-    loggers: list[Any] = [run_folder.MetricsCsv(run_dir, keep_until=step)]
+    loggers: list[Any] = [MetricsCsv(run_dir, keep_until=step)]
     if config.logger.name == "wandb":
         loggers.append(build_wandb(config, run_dir))
     trainer: L.Trainer = instantiate(
