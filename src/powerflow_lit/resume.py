@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,10 @@ from powerflow_lit import __version__
 from powerflow_lit.assembly import lora_settings
 from powerflow_lit.checkpoints import GOOD, LAST, PREVIOUS
 from powerflow_lit.config.checks import as_dict
-from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
 from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.precision import HALF
-from powerflow_lit.run_folder import read_summary
-from powerflow_lit.sweep import ENDED
 
 # what must be the same on resume, and how a person calls it
 IDENTITY = {
@@ -182,36 +179,3 @@ def load_policy(model: PreTrainedModel, run_dir: Path) -> PreTrainedModel:
     add_lora(model, lora_settings(FinetuneConfig(**tuned)))
     model.load_state_dict(weights, strict=False)
     return plain_copy(model)
-
-
-def expand_resume(arguments: Sequence[str]) -> list[str]:
-    """`resume=<run folder>` brings along what was typed for that run, and its folder.
-
-    Raises:
-        SystemExit: the folder is not a run's.
-    """
-    arguments = list(arguments)
-    chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
-    if not chosen or chosen[-1] in ("auto", "null", ""):
-        return arguments
-    typed = Path(chosen[-1]) / "overrides.yaml"
-    if not typed.exists():
-        raise SystemExit(f"error: resume={chosen[-1]}: no run folder there (no overrides.yaml)")
-    before = [a for a in yaml.safe_load(typed.read_text()) if not a.startswith("run_dir=")]
-    return [*before, f"run_dir={chosen[-1]}", *arguments]
-
-
-def find_unfinished(config: TrainConfig) -> Path | None:
-    """For `resume=auto`: the given run_dir if it holds a run, else the newest unfinished twin."""
-    given = Path(config.run_dir)
-    if (given / "config.yaml").exists():
-        return given
-    wanted = config_hash(as_dict(config))
-    twins = [
-        path.parent
-        # alpha=4 and alpha=4.0 are spelt apart in the folder above
-        for path in given.parent.parent.glob("*/*/config.yaml")
-        if config_hash(yaml.safe_load(path.read_text())) == wanted
-        and (read_summary(path.parent) or {}).get("status") not in ENDED
-    ]
-    return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)

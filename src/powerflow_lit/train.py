@@ -24,9 +24,9 @@ from powerflow_lit.config.checks import train_config
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.console import final_table, phase_line, quiet, wide_console
+from powerflow_lit.continuing import expand_resume, find_unfinished
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.memory_check import check_memory
-from powerflow_lit.resume import expand_resume, find_unfinished
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 from powerflow_lit.training import run
 from powerflow_lit.wandb_login import wandb_mode

@@ -30,6 +30,7 @@ from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.errors import root_cause
 from powerflow_lit.export import data_notes, export, model_card, push
 from powerflow_lit.interrupt import Stopped, StopSignals
+from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.precision import with_half_precision
@@ -75,9 +76,7 @@ def _run(
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock, signals, identity)
     run_folder.cut_samples(run_dir, point.refills if point else 0)
     run_folder.cut_problems(run_dir, point.refills if point else -1)
-    loggers: list[Any] = [
-        run_folder.MetricsCsv(run_dir, keep_until=point.updates if point else None)
-    ]
+    loggers: list[Any] = [MetricsCsv(run_dir, keep_until=point.updates if point else None)]
     if config.logger.name == "wandb":
         loggers.append(build_wandb(config, run_dir))
     trainer: L.Trainer = instantiate(

@@ -36,9 +36,7 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module", params=["hf", "vllm"])
-def whole(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody touched, in the folder `whole`; its engine is the folder's name."""
     folder = tmp_path_factory.mktemp(request.param)
     finish(folder, *QUICK, f"rollout={request.param}", "run_dir=whole")

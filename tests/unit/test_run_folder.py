@@ -13,8 +13,8 @@ import yaml
 from powerflow_lit import run_folder
 from powerflow_lit.assembly import wandb_mode
 from powerflow_lit.config.identity import config_hash
-from powerflow_lit.resume import expand_resume
-from powerflow_lit.run_folder import MetricsCsv
+from powerflow_lit.continuing import expand_resume
+from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.types import Prompt, Trajectory
 
 

@@ -1,0 +1,47 @@
+"""What a run that is to be continued brings along, found before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from powerflow_lit.config.checks import as_dict
+from powerflow_lit.config.identity import config_hash
+from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.run_folder import read_summary
+from powerflow_lit.sweep import ENDED
+
+
+def expand_resume(arguments: Sequence[str]) -> list[str]:
+    """`resume=<run folder>` brings along what was typed for that run, and its folder.
+
+    Raises:
+        SystemExit: the folder is not a run's.
+    """
+    arguments = list(arguments)
+    chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    if not chosen or chosen[-1] in ("auto", "null", ""):
+        return arguments
+    typed = Path(chosen[-1]) / "overrides.yaml"
+    if not typed.exists():
+        raise SystemExit(f"error: resume={chosen[-1]}: no run folder there (no overrides.yaml)")
+    before = [a for a in yaml.safe_load(typed.read_text()) if not a.startswith("run_dir=")]
+    return [*before, f"run_dir={chosen[-1]}", *arguments]
+
+
+def find_unfinished(config: TrainConfig) -> Path | None:
+    """For `resume=auto`: the given run_dir if it holds a run, else the newest unfinished twin."""
+    given = Path(config.run_dir)
+    if (given / "config.yaml").exists():
+        return given
+    wanted = config_hash(as_dict(config))
+    twins = [
+        path.parent
+        # alpha=4 and alpha=4.0 are spelt apart in the folder above
+        for path in given.parent.parent.glob("*/*/config.yaml")
+        if config_hash(yaml.safe_load(path.read_text())) == wanted
+        and (read_summary(path.parent) or {}).get("status") not in ENDED
+    ]
+    return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)
