@@ -21,7 +21,7 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
 from powerflow_lit.console import RefillProgress
-from powerflow_lit.datamodule import RolloutDataModule, RolloutSettings
+from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.interrupt import StopSignals, StopWhereSafe
 from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
@@ -35,6 +35,7 @@ from powerflow_lit.monitor import Monitor, Rule
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.samplers import Decoding, EvaluationSettings
+from powerflow_lit.scoring import RolloutSettings
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.wandb_login import wandb_mode
 

@@ -4,52 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.clock import PhaseClock
-from powerflow_lit.metrics import text
-from powerflow_lit.models.guard import removed_mass
-from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
-from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
-from powerflow_lit.tasks.base import Task, TaskError, mean
-from powerflow_lit.types import (
-    AllowedTokens,
-    Completion,
-    Prompt,
-    Sampling,
-    TokenBatch,
-    Trajectory,
-    TrajectoryBatch,
-)
+from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
+from powerflow_lit.rollout.metrics import rollout_metrics
+from powerflow_lit.scoring import Progress, RolloutSettings, Scorer
+from powerflow_lit.tasks.base import Task, TaskError
+from powerflow_lit.types import Completion, Prompt, Sampling, Trajectory, TrajectoryBatch
 
-LogPOld = Literal["auto", "engine", "trainer"]
-Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
-Progress = Callable[[str, int, int, int], None]  # phase, done, total, tokens
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """What a refill is; values stand in `conf/rollout/` and `conf/train.yaml`."""
-
-    prompts_per_refill: int
-    samples_per_prompt: int
-    max_new_tokens: int
-    max_prompt_tokens: int
-    log_p_old: LogPOld  # whose behaviour log-probs the buffer keeps
-    logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
-    logp_gap_limit: float  # nats, largest tolerated difference of one token
-    tokens_per_microbatch: int  # of the scoring passes
-    logit_chunk_mb: float  # float32 logits held at once in them, MB
-    guard_min_p: float  # rollouts and log-probs keep to tokens of so much of the top one's; 0: all
 
 
 class Updates:
@@ -103,6 +74,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.tokens_generated = 0
         self._made_before = (-1, 0)  # refill of the checkpoint, and its updates made by then
         self.on_progress: Progress | None = None
+        self._scorer = Scorer(settings, pad_id=self.pad_id, report=self._report)
         self._engine_factory = engine_factory
         self._engine: RolloutEngine | None = None
         self.train_prompts, self._prompt_ids = self._usable_prompts(
@@ -161,7 +133,7 @@ class RolloutDataModule(L.LightningDataModule):
             )
         with self.clock("score"):
             trajectories = self._trajectories(prompts, completions, index)
-            trajectories, scoring = self._scored(trajectories)
+            trajectories, scoring = self._scorer(module, trajectories)
         self.buffer.add(trajectories, index)
         if index == 0:
             module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
@@ -181,12 +153,7 @@ class RolloutDataModule(L.LightningDataModule):
         Raises:
             EngineError: they disagree on the log-probs of the same tokens.
         """
-        newest = self.buffer.newest[: self.settings.logp_gap_trajectories]
-        rows = [(t.prompt_ids, t.response_ids) for t in newest]
-        pairs = zip(
-            self._log_probs(self._module.policy, rows), self.engine.score(rows), strict=True
-        )
-        self._refuse_gap(max(float((a[: len(b)] - torch.tensor(b)).abs().max()) for a, b in pairs))
+        self._scorer.check(self._module, self.engine, self.buffer.newest)
 
     def close(self) -> None:
         """Free the engine; safe to call twice."""
@@ -277,149 +244,6 @@ class RolloutDataModule(L.LightningDataModule):
                 )
         return trajectories
 
-    @torch.no_grad()
-    def _scored(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
-        """With base log-probs, and behaviour log-probs from the engine or the trainer.
-
-        Under a guard both are over the allowed tokens, which the trajectories then carry; what is
-        compared with the engine is always over the full vocabulary, as the engine reports it.
-        """
-        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
-        if self.settings.guard_min_p > 0:
-            return self._scored_under_guard(trajectories, rows)
-        with self._module.frozen.model() as base:
-            log_p_base = self._log_probs(base, rows, "score")
-        few = rows[: self.settings.logp_gap_trajectories]
-        gap = self._gap(self._log_probs(self._module.policy, few), trajectories)
-        mean_length = mean([t.length for t in trajectories])
-        use_engine = self.settings.log_p_old == "engine" or (
-            self.settings.log_p_old == "auto"
-            and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
-        )
-        log_p_old = (
-            [t.log_p_old for t in trajectories]
-            if use_engine
-            else self._log_probs(self._module.policy, rows)
-        )
-        scored = [
-            replace(t, log_p_base=b, log_p_old=o)
-            for t, b, o in zip(trajectories, log_p_base, log_p_old, strict=True)
-        ]
-        return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
-
-    def _scored_under_guard(
-        self, trajectories: list[Trajectory], rows: Sequence[Row]
-    ) -> tuple[list[Trajectory], dict[str, float]]:
-        """`_scored` over the tokens that the policy, as it is at this refill, allows."""
-        guarded = self._guarded(rows)
-        few = guarded[: self.settings.logp_gap_trajectories]
-        gap = self._gap([g.log_prob_full for g in few], trajectories)
-        allowed = [g.allowed for g in guarded]
-        with self._module.frozen.model() as base:
-            log_p_base = self._log_probs(base, rows, "score", allowed)
-        # the pass that finds the allowed tokens also yields the trainer's log-probs
-        use_engine = self.settings.log_p_old == "engine"
-        scored = [
-            replace(
-                t,
-                log_p_base=base,
-                log_p_old=g.log_prob + (t.log_p_old - g.log_prob_full if use_engine else 0.0),
-                allowed=g.allowed,
-            )
-            for t, base, g in zip(trajectories, log_p_base, guarded, strict=True)
-        ]
-        outside = torch.cat([removed_mass(g.log_prob_full, g.log_prob) for g in guarded])
-        return scored, {
-            **gap,
-            "rollout/log_p_old_from_engine": float(use_engine),
-            "rollout/guard_removed_mass": float(outside.mean()),
-        }
-
-    def _guarded(self, rows: Sequence[Row]) -> list[GuardedResponse]:
-        """What the guard allows at each token of the responses under the policy as it is now."""
-        assert self.trainer is not None
-        batch = TokenBatch.collate(rows, self.pad_id).to(self._module.device)
-        with self.trainer.precision_plugin.forward_context():
-            return guarded_responses(
-                self._module.policy,
-                batch,
-                min_p=self.settings.guard_min_p,
-                tokens_per_microbatch=self.settings.tokens_per_microbatch,
-                logit_chunk_mb=self.settings.logit_chunk_mb,
-            )
-
-    @torch.no_grad()
-    def _log_probs(
-        self,
-        model: Any,
-        rows: Sequence[Row],
-        report: str | None = None,
-        allowed: Sequence[AllowedTokens] | None = None,
-    ) -> list[torch.Tensor]:
-        """Log-probs of the responses of (prompt ids, response ids) rows, in the precision of
-        training, (L,) nats each; over the full vocabulary, or the allowed tokens."""
-        assert self.trainer is not None
-        done = 0
-
-        def count(rows_done: int) -> None:
-            nonlocal done
-            done += rows_done
-            if report is not None:
-                self._report(report, done, len(rows), 0)
-
-        batch = TokenBatch.collate(rows, self.pad_id, allowed).to(self._module.device)
-        with self.trainer.precision_plugin.forward_context():
-            scores = response_scores(
-                model,
-                batch,
-                tokens_per_microbatch=self.settings.tokens_per_microbatch,
-                logit_chunk_mb=self.settings.logit_chunk_mb,
-                on_progress=count,
-            )
-        log_prob = scores.log_prob.float().cpu()
-        return [row[: len(response)] for row, (_, response) in zip(log_prob, rows, strict=True)]
-
-    def _gap(
-        self, ours: Sequence[torch.Tensor], trajectories: Sequence[Trajectory]
-    ) -> dict[str, float]:
-        """Differences between the trainer's log-probs and the engine's on as many trajectories."""
-        pairs = zip(ours, trajectories[: len(ours)], strict=True)
-        gap = torch.cat([(a - t.log_p_old).abs() for a, t in pairs])
-        self._refuse_gap(float(gap.max()))
-        return {
-            "selfcheck/engine_logp_gap": float(gap.max()),
-            "selfcheck/engine_logp_gap_mean": float(gap.mean()),
-        }
-
-    def _refuse_gap(self, gap: float) -> None:
-        if not gap <= self.settings.logp_gap_limit:
-            raise EngineError(
-                f"engine and trainer disagree by {gap:.4f} nats on a token they both scored "
-                f"(limit {self.settings.logp_gap_limit}): the rollouts are not the policy's. "
-                "check model.engine_dtype against model.dtype, or raise rollout.logp_gap_limit"
-            )
-
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
         if self.on_progress is not None:
             self.on_progress(phase, done, total, tokens)
-
-
-def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`rollout/` metrics of a refill."""
-    lengths = torch.tensor([t.length for t in trajectories], dtype=torch.float64)
-    correct = [t.correct for t in trajectories if t.correct is not None]
-    unique = {(t.group, t.response_ids) for t in trajectories}
-    metrics = {
-        "length_mean": float(lengths.mean()),
-        "length_std": float(lengths.std(unbiased=False)),
-        "truncated_frac": mean([t.truncated for t in trajectories]),
-        "format_rate": mean([t.formatted for t in trajectories]),
-        "repetition": mean([text.repetition(t.response_ids) for t in trajectories]),
-        "unique_frac": len(unique) / len(trajectories),
-        "log_p_base_per_token": float(
-            sum(t.log_p_base.sum() for t in trajectories) / lengths.sum()
-        ),
-    }
-    if correct:
-        metrics["accuracy"] = mean(correct)
-    return {f"rollout/{name}": value for name, value in metrics.items()}

@@ -28,6 +28,7 @@ FORBIDDEN = {
                 "config"},
     "module.py": {"hydra", "omegaconf", "config"},
     "datamodule.py": {"hydra", "omegaconf", "config"},
+    "scoring.py": {"hydra", "omegaconf", "config", "vllm", "datamodule", "callbacks"},
     "callbacks.py": {"hydra", "omegaconf", "config"},
     "checkpoints.py": {"hydra", "omegaconf", "config"},
     "enumerable.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",

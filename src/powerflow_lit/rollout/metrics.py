@@ -1,0 +1,35 @@
+"""The `rollout/` metrics of a refill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from powerflow_lit.metrics import text
+from powerflow_lit.types import Trajectory
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """By name, prefix included; lengths in tokens, log-probs in nats."""
+    lengths = torch.tensor([t.length for t in trajectories], dtype=torch.float64)
+    correct = [t.correct for t in trajectories if t.correct is not None]
+    unique = {(t.group, t.response_ids) for t in trajectories}
+    metrics = {
+        "length_mean": float(lengths.mean()),
+        "length_std": float(lengths.std(unbiased=False)),
+        "truncated_frac": _mean([t.truncated for t in trajectories]),
+        "format_rate": _mean([t.formatted for t in trajectories]),
+        "repetition": _mean([text.repetition(t.response_ids) for t in trajectories]),
+        "unique_frac": len(unique) / len(trajectories),
+        "log_p_base_per_token": float(
+            sum(t.log_p_base.sum() for t in trajectories) / lengths.sum()
+        ),
+    }
+    if correct:
+        metrics["accuracy"] = _mean(correct)
+    return {f"rollout/{name}": value for name, value in metrics.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

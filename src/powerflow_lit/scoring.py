@@ -1,0 +1,188 @@
+"""A refill's log-probs: of base and behaviour policy, and how far engine and trainer differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from powerflow_lit.models.guard import removed_mass
+from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
+from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.rollout import EngineError, RolloutEngine
+from powerflow_lit.tasks.base import mean
+from powerflow_lit.types import AllowedTokens, TokenBatch, Trajectory
+
+LogPOld = Literal["auto", "engine", "trainer"]
+Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
+Progress = Callable[[str, int, int, int], None]  # phase, done, total, tokens
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What a refill is; values stand in `conf/rollout/` and `conf/train.yaml`."""
+
+    prompts_per_refill: int
+    samples_per_prompt: int
+    max_new_tokens: int
+    max_prompt_tokens: int
+    log_p_old: LogPOld  # whose behaviour log-probs the buffer keeps
+    logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
+    logp_gap_limit: float  # nats, largest tolerated difference of one token
+    tokens_per_microbatch: int  # of the scoring passes
+    logit_chunk_mb: float  # float32 logits held at once in them, MB
+    guard_min_p: float  # rollouts and log-probs keep to tokens of so much of the top one's; 0: all
+
+
+class Scorer:
+    """Scores rollouts under policy and base, in the precision of training.
+
+    Args:
+        pad_id: of the batches; no log-prob depends on it.
+        report: told of progress.
+    """
+
+    def __init__(self, settings: RolloutSettings, *, pad_id: int, report: Progress) -> None:
+        self.settings, self.pad_id, self._report = settings, pad_id, report
+
+    @torch.no_grad()
+    def __call__(
+        self, module: PowerFlowModule, trajectories: list[Trajectory]
+    ) -> tuple[list[Trajectory], dict[str, float]]:
+        """With base log-probs, and behaviour log-probs from the engine or the trainer.
+
+        Under a guard both are over the allowed tokens, which the trajectories then carry; what is
+        compared with the engine is always over the full vocabulary, as the engine reports it.
+
+        Raises:
+            EngineError: engine and trainer disagree on the log-probs of the rollouts.
+        """
+        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        if self.settings.guard_min_p > 0:
+            return self._under_guard(module, trajectories, rows)
+        with module.frozen.model() as base:
+            log_p_base = self._log_probs(module, base, rows, "score")
+        few = rows[: self.settings.logp_gap_trajectories]
+        gap = self._gap(self._log_probs(module, module.policy, few), trajectories)
+        mean_length = mean([t.length for t in trajectories])
+        use_engine = self.settings.log_p_old == "engine" or (
+            self.settings.log_p_old == "auto"
+            and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
+        )
+        log_p_old = (
+            [t.log_p_old for t in trajectories]
+            if use_engine
+            else self._log_probs(module, module.policy, rows)
+        )
+        scored = [
+            replace(t, log_p_base=b, log_p_old=o)
+            for t, b, o in zip(trajectories, log_p_base, log_p_old, strict=True)
+        ]
+        return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
+
+    def check(
+        self, module: PowerFlowModule, engine: RolloutEngine, trajectories: Sequence[Trajectory]
+    ) -> None:
+        """Let the engine score trajectories that the policy scores too.
+
+        Raises:
+            EngineError: they disagree on the log-probs of the same tokens.
+        """
+        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        rows = rows[: self.settings.logp_gap_trajectories]
+        ours = self._log_probs(module, module.policy, rows)
+        pairs = zip(ours, engine.score(rows), strict=True)
+        self._refuse_gap(max(float((a[: len(b)] - torch.tensor(b)).abs().max()) for a, b in pairs))
+
+    def _under_guard(
+        self, module: PowerFlowModule, trajectories: list[Trajectory], rows: Sequence[Row]
+    ) -> tuple[list[Trajectory], dict[str, float]]:
+        """The same over the tokens that the policy, as it is at this refill, allows."""
+        guarded = self._guarded(module, rows)
+        few = guarded[: self.settings.logp_gap_trajectories]
+        gap = self._gap([g.log_prob_full for g in few], trajectories)
+        allowed = [g.allowed for g in guarded]
+        with module.frozen.model() as base:
+            log_p_base = self._log_probs(module, base, rows, "score", allowed)
+        # the pass that finds the allowed tokens also yields the trainer's log-probs
+        use_engine = self.settings.log_p_old == "engine"
+        scored = [
+            replace(
+                t,
+                log_p_base=base,
+                log_p_old=g.log_prob + (t.log_p_old - g.log_prob_full if use_engine else 0.0),
+                allowed=g.allowed,
+            )
+            for t, base, g in zip(trajectories, log_p_base, guarded, strict=True)
+        ]
+        outside = torch.cat([removed_mass(g.log_prob_full, g.log_prob) for g in guarded])
+        return scored, {
+            **gap,
+            "rollout/log_p_old_from_engine": float(use_engine),
+            "rollout/guard_removed_mass": float(outside.mean()),
+        }
+
+    def _guarded(self, module: PowerFlowModule, rows: Sequence[Row]) -> list[GuardedResponse]:
+        """What the guard allows at each token of the responses under the policy as it is now."""
+        batch = TokenBatch.collate(rows, self.pad_id).to(module.device)
+        with module.trainer.precision_plugin.forward_context():
+            return guarded_responses(
+                module.policy,
+                batch,
+                min_p=self.settings.guard_min_p,
+                tokens_per_microbatch=self.settings.tokens_per_microbatch,
+                logit_chunk_mb=self.settings.logit_chunk_mb,
+            )
+
+    @torch.no_grad()
+    def _log_probs(
+        self,
+        module: PowerFlowModule,
+        model: Any,
+        rows: Sequence[Row],
+        report: str | None = None,
+        allowed: Sequence[AllowedTokens] | None = None,
+    ) -> list[torch.Tensor]:
+        """Log-probs of the responses of (prompt ids, response ids) rows, in the precision of
+        training, (L,) nats each; over the full vocabulary, or the allowed tokens."""
+        done = 0
+
+        def count(rows_done: int) -> None:
+            nonlocal done
+            done += rows_done
+            if report is not None:
+                self._report(report, done, len(rows), 0)
+
+        batch = TokenBatch.collate(rows, self.pad_id, allowed).to(module.device)
+        with module.trainer.precision_plugin.forward_context():
+            scores = response_scores(
+                model,
+                batch,
+                tokens_per_microbatch=self.settings.tokens_per_microbatch,
+                logit_chunk_mb=self.settings.logit_chunk_mb,
+                on_progress=count,
+            )
+        log_prob = scores.log_prob.float().cpu()
+        return [row[: len(response)] for row, (_, response) in zip(log_prob, rows, strict=True)]
+
+    def _gap(
+        self, ours: Sequence[torch.Tensor], trajectories: Sequence[Trajectory]
+    ) -> dict[str, float]:
+        """Differences between the trainer's log-probs and the engine's on as many trajectories."""
+        pairs = zip(ours, trajectories[: len(ours)], strict=True)
+        gap = torch.cat([(a - t.log_p_old).abs() for a, t in pairs])
+        self._refuse_gap(float(gap.max()))
+        return {
+            "selfcheck/engine_logp_gap": float(gap.max()),
+            "selfcheck/engine_logp_gap_mean": float(gap.mean()),
+        }
+
+    def _refuse_gap(self, gap: float) -> None:
+        if not gap <= self.settings.logp_gap_limit:
+            raise EngineError(
+                f"engine and trainer disagree by {gap:.4f} nats on a token they both scored "
+                f"(limit {self.settings.logp_gap_limit}): the rollouts are not the policy's. "
+                "check model.engine_dtype against model.dtype, or raise rollout.logp_gap_limit"
+            )
