@@ -24,13 +24,13 @@ from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.precision import HALF
 
-# what must be the same on resume, and how a person calls it
+# what must be the same on resume, and what is said where it differs
 IDENTITY = {
-    "alpha": "alpha",
-    "strategy": "strategy",
-    "finetune": "finetune",
-    "vocabulary": "the tokenizer's vocabulary",
-    "weights": "the base's weights",
+    "alpha": "alpha was {}, now {}",
+    "strategy": "strategy was {}, now {}",
+    "finetune": "finetune was {}, now {}",
+    "vocabulary": "the tokenizer's vocabulary differs (fingerprint {}, now {})",
+    "weights": "the base model differs (fingerprint of its weights {}, now {})",
 }
 
 
@@ -111,7 +111,7 @@ def refuse_another(point: ResumePoint, now: Mapping[str, Any], *, force: bool) -
         CheckpointError: names what differs, and its two values.
     """
     differ = [
-        f"{IDENTITY[name]} was {point.identity[name]}, now {value}"
+        IDENTITY[name].format(point.identity[name], value)
         for name, value in now.items()
         if point.identity[name] != value
     ]

@@ -63,7 +63,6 @@ def _run(
     # what can be wrong with strategy and task shows before a model loads
     objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
     task.train_prompts(), task.eval_prompts()
-    run_folder.write_configs(run_dir, as_dict(config), overrides)
     L.seed_everything(config.seed, verbose=False)
     print(*task.notes, sep="\n", end="\n" if task.notes else "")
     policy, tokenizer = build_policy(config)
@@ -71,6 +70,7 @@ def _run(
     if point is not None:
         refuse_another(point, identity, force=config.resume_force)
         set_damaged_aside(point)
+    run_folder.write_configs(run_dir, as_dict(config), overrides)
     module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock, signals, identity)

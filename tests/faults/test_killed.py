@@ -56,8 +56,8 @@ def test_a_run_killed_there_ends_as_one_never_touched(
     assert code == -signal.SIGKILL, output[-3000:]
     assert left_of(process) == "", "an engine without its run"
     finish(tmp_path, *settings, "resume=auto")
-    (run,) = tmp_path.glob("outputs/*/*/*/*")
-    assert_same_run(whole, run)
+    (config,) = tmp_path.glob("outputs/**/config.yaml")
+    assert_same_run(whole, config.parent)
 
 
 def test_a_run_killed_within_a_refill_repeats_no_update_that_it_has_saved(
