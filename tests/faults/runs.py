@@ -73,6 +73,14 @@ def end_of(process: subprocess.Popen[str], *, within: float) -> tuple[int, str]:
     return process.returncode, output
 
 
+def killed_at(folder: Path, line: str, *overrides: str) -> None:
+    """A run that is killed without warning when it prints such a line."""
+    process = start(folder, *overrides)
+    until_line(process, line)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
 def left_of(process: subprocess.Popen[str], *, after: float = 30) -> str:
     """Processes of the group that are still there `after` seconds; W&B's service follows slowly."""
     deadline = time.monotonic() + after
@@ -141,7 +149,12 @@ def assert_same_run(expected: Path, found: Path) -> None:
                 for timed in [key for key in row if key.startswith("perf/")]:
                     del row[timed]
         assert_same(*tables, where=name)
-    for name in ("samples.jsonl", "export/model.safetensors"):
+    files = [
+        "samples.jsonl",
+        "export/model.safetensors",
+        "export/adapter/adapter_model.safetensors",
+    ]
+    for name in [name for name in files if (expected / name).exists()]:
         assert (expected / name).read_bytes() == (found / name).read_bytes(), name
     summaries = [summary_of(run) for run in (expected, found)]
     for name in ("status", "base", "base_decodings", "final", "refills", "steps", "tokens"):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from powerflow_lit.resume import checkpoint_of
+from tests.faults.runs import assert_same_run, killed_at
 from tests.integration.test_commands import rows_of, summary_of, train
-from tests.integration.test_resume import final_state, killed_at
 
 FAST = ("debug=fast", "rollout=hf", "logger=none", "callbacks.evaluation.every_n_refills=9")
 ALWAYS_BROKEN = "metric: rollout/length_mean, below: 1000"
@@ -47,12 +45,7 @@ def test_a_pulled_run_lowers_alpha_and_resumes_bit_by_bit(tmp_path: Path) -> Non
     assert alphas == [4.0, 4.0, 4.0, 4.0, 2.5, 2.5, 1.75, 1.75]
     killed_at(tmp_path, "refill   2/4", *settings, "run_dir=halves")
     train(tmp_path, "resume=halves")
-    expected, found = final_state(tmp_path / "whole"), final_state(tmp_path / "halves")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    for one, other in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "halves"), strict=True):
-        assert {k: v for k, v in one.items() if not k.startswith("perf/")} == {
-            k: v for k, v in other.items() if not k.startswith("perf/")
-        }
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
 def test_a_rule_for_a_metric_that_is_never_logged_ends_the_run_in_one_line(tmp_path: Path) -> None:
