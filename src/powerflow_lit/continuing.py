@@ -27,7 +27,8 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
     typed = Path(chosen[-1]) / "overrides.yaml"
     if not typed.exists():
         raise SystemExit(f"error: resume={chosen[-1]}: no run folder there (no overrides.yaml)")
-    before = [a for a in yaml.safe_load(typed.read_text()) if not a.startswith("run_dir=")]
+    once = ("run_dir=", "resume=", "resume_force=")  # meant for that one start
+    before = [a for a in yaml.safe_load(typed.read_text()) if not a.startswith(once)]
     return [*before, f"run_dir={chosen[-1]}", *arguments]
 
 

@@ -63,6 +63,8 @@ def _run(
     # what can be wrong with strategy and task shows before a model loads
     objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
     task.train_prompts(), task.eval_prompts()
+    if point is None:
+        run_folder.write_configs(run_dir, as_dict(config), overrides)
     L.seed_everything(config.seed, verbose=False)
     print(*task.notes, sep="\n", end="\n" if task.notes else "")
     policy, tokenizer = build_policy(config)
@@ -70,7 +72,7 @@ def _run(
     if point is not None:
         refuse_another(point, identity, force=config.resume_force)
         set_damaged_aside(point)
-    run_folder.write_configs(run_dir, as_dict(config), overrides)
+        run_folder.write_configs(run_dir, as_dict(config), overrides)
     module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock, signals, identity)
@@ -111,7 +113,10 @@ def _run(
     except (Stopped, SIGTERMException) as error:
         number = error.signal if isinstance(error, Stopped) else signal.SIGTERM
         ending |= {"status": "interrupted", "stopped_by": signal.Signals(number).name}
-        print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
+        print(
+            f"interrupted after {module.global_step} updates; continue with: "
+            f"python -m powerflow_lit.train resume={run_dir}"
+        )
         raise Stopped(number) from error
     except Exception as error:
         ending["error"] = str(root_cause(error))

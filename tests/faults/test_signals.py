@@ -37,6 +37,12 @@ STOPS = {
     "as SLURM asks": (f"{REFILL}#3>{TICK}#5", "SIGUSR1", (2, 4)),
     "by Ctrl-C": (f"{REFILL}#3>{TICK}#5", "SIGINT", (2, 4)),
 }
+# by which Lightning knows that it is a job of SLURM's, and takes signals itself
+SLURM = {
+    "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NODELIST": "localhost",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +57,9 @@ def test_a_stop_is_saved_within_seconds_and_resumes_bit_by_bit(
     whole: Path, stop: str, tmp_path: Path
 ) -> None:
     moment, name, saved = STOPS[stop]
-    process = start(
-        tmp_path, *QUICK, "rollout=vllm", "run_dir=run", "logger=wandb", fault=(moment, name)
-    )
+    settings = (*QUICK, "rollout=vllm", "run_dir=run", "logger=wandb")
+    env = SLURM if stop == "as SLURM asks" else None
+    process = start(tmp_path, *settings, env=env, fault=(moment, name))
     code, output = end_of(process, within=300)
     assert code == 128 + signal.Signals[name], output[-3000:]
     asked = re.search(r"FAULT \w+ ([\d.]+)", output)
