@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from powerflow_lit.callbacks import due
+from powerflow_lit.module import PowerFlowModule
 
 
 class Checkpoint(Callback):
@@ -21,6 +22,9 @@ class Checkpoint(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # a monitor that stops the run has chosen the checkpoint that stands
         if not due(trainer, self.every_n_refills) or trainer.should_stop:
+            return
+        assert isinstance(pl_module, PowerFlowModule)
+        if not pl_module.is_healthy:  # what stands is good, and this is not
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".ckpt.tmp")

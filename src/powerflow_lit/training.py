@@ -23,7 +23,10 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.diverged import DivergedError
+from powerflow_lit.errors import root_cause
 from powerflow_lit.export import data_notes, export, model_card, push
+from powerflow_lit.health import warnings_of
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.precision import with_half_precision
@@ -73,7 +76,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-    status, stopped_by, pushed = "failed", None, None
+    status, stopped_by, pushed, failure = "failed", None, None, None
     try:
         path = str(checkpoint.path) if checkpoint else None
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
@@ -85,9 +88,15 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
             dtype = config.callbacks.export_dtype
             export(policy, tokenizer, run_dir, dtype=dtype, card=card)
             pushed = _push(config, run_dir)
+    except DivergedError as error:
+        status, stopped_by = "diverged", str(error)
+        print(f"stopped after {data.buffer.refill + 1} refills: {error}")
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
+        raise
+    except Exception as error:
+        failure = str(root_cause(error)) or type(error).__name__
         raise
     finally:
         data.close()
@@ -96,6 +105,9 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         summary = _summary(config, status, module, data, evaluation, clock)
         if stopped_by is not None:
             summary["stopped_by"] = stopped_by
+        if failure is not None:
+            summary["error"] = failure
+        summary["warnings"] = warnings_of(callbacks)
         if pushed is not None:
             summary["push_to_hub"] = pushed
         run_folder.write_summary(run_dir, summary)
@@ -140,6 +152,7 @@ def _summary(
         "refills": data.buffer.refill + 1,
         "steps": module.global_step if module._trainer is not None else 0,
         "skipped_steps": module.skipped_steps,
+        "engine_rebuilds": data.engine_rebuilds,
         "base": evaluation.base,
         "base_decodings": evaluation.base_decodings,
         "final": evaluation.final,
