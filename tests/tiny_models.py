@@ -7,12 +7,15 @@ byte, so that it encodes any text, and the special tokens of a chat model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from powerflow_lit.models.loading import load_model, load_tokenizer
 
 Kind = Literal["qwen2", "llama", "gpt_neox", "gemma", "gemma2", "gemma3_text", "phi", "qwen3_moe"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -103,6 +106,40 @@ def make_tiny_model(
                     scale = head if "embed" in name or "lm_head" in name else 1.5
                     torch.nn.init.normal_(weight, std=scale / weight.shape[-1] ** 0.5)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_scripted_model(folder: Path, logits: Mapping[int | None, Mapping[int, float]]) -> Path:
+    """Bend the embedded model so that its next token depends on the last one alone, as given.
+
+    Its layers add nothing, each token that is named has an embedding of its own direction, all
+    others share one, and the output layer turns these directions into the logits.
+
+    Args:
+        logits: of the next token after a token id, or after any that is not named (None); 0 where
+            nothing is said, so that an empty mapping is the uniform distribution.
+    """
+    tokenizer = load_tokenizer("embedded:tiny", trust_remote_code=False)
+    model: Any = load_model(
+        "embedded:tiny", dtype="float32", attn_implementation="sdpa", trust_remote_code=False
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(1)
+        embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embeddings.zero_()
+        head.zero_()
+        root = embeddings.shape[1] ** 0.5  # what the norm makes of a single 1
+        for direction, (last, row) in enumerate(logits.items(), 1):
+            if last is not None:
+                embeddings[last, direction] = 1
+            for token, logit in row.items():
+                head[token, direction if last is not None else 0] = logit / root
+        embeddings[embeddings.sum(1) == 0, 0] = 1
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

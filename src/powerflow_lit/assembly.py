@@ -22,6 +22,7 @@ from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.health import Health
 from powerflow_lit.interrupt import StopSignals, StopWhereSafe
 from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
@@ -122,6 +123,7 @@ def build_module(
         warmup_steps=optimizer.warmup_steps,
         grad_clip=optimizer.grad_clip,
         log_z_grad_clip=optimizer.log_z_grad_clip,
+        max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
         tokens_per_microbatch=config.tokens_per_microbatch,
         logit_chunk_mb=config.logit_chunk_mb,
         base=frozen_base(policy, getattr(torch, config.model.base_dtype)),
@@ -234,6 +236,7 @@ def build_callbacks(
             headline=task.headline,
         ),
         StopWhereSafe(signals),
+        Health(),
         *build_monitor(config, checkpoint.path),
         # last, so that a checkpoint holds what the others logged
         checkpoint,

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from powerflow_lit.callbacks import due
 from powerflow_lit.interrupt import Stopped
+from powerflow_lit.module import PowerFlowModule
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 GOOD = "good.ckpt"  # the last that kept all stop rules of a monitor
@@ -57,12 +58,12 @@ class Checkpoint(Callback):
         batch_idx: int,
     ) -> None:
         if self.every_n_updates is not None and (batch_idx + 1) % self.every_n_updates == 0:
-            self._save(trainer, within_refill=True)
+            self._save(trainer, pl_module, within_refill=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # a monitor that stops the run has chosen the checkpoint that stands
         if due(trainer, self.every_n_refills) and not trainer.should_stop:
-            self._save(trainer, within_refill=False)
+            self._save(trainer, pl_module, within_refill=False)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -70,7 +71,7 @@ class Checkpoint(Callback):
         stopped = isinstance(exception, Stopped) and not exception.at_once
         # Lightning's own, where the signal came at the very end of a refill
         if stopped or isinstance(exception, SIGTERMException):
-            self._save(trainer, within_refill=True)
+            self._save(trainer, pl_module, within_refill=True)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -84,7 +85,10 @@ class Checkpoint(Callback):
         if self._within_refill:
             _between_updates(checkpoint["loops"]["fit_loop"], trainer.global_step)
 
-    def _save(self, trainer: L.Trainer, *, within_refill: bool) -> None:
+    def _save(self, trainer: L.Trainer, module: L.LightningModule, *, within_refill: bool) -> None:
+        assert isinstance(module, PowerFlowModule)
+        if not module.is_healthy:  # what stands is good, and this is not
+            return
         self._within_refill = within_refill
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".ckpt.tmp")

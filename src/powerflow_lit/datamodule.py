@@ -14,8 +14,9 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
-from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
+from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.metrics import rollout_metrics
+from powerflow_lit.rollout.rebuilding import RebuildingEngine
 from powerflow_lit.scoring import Progress, RolloutSettings, Scorer
 from powerflow_lit.tasks.base import Task, TaskError
 from powerflow_lit.types import Completion, Prompt, Sampling, Trajectory, TrajectoryBatch
@@ -73,7 +74,9 @@ class RolloutDataModule(L.LightningDataModule):
         self.refill_metrics: dict[str, float] = {}
         self.tokens_generated = 0
         self._made_before = (-1, 0)  # refill of the checkpoint, and its updates made by then
+        self.engine_rebuilds = 0
         self.on_progress: Progress | None = None
+        self.on_warning: Callable[[str], None] | None = None  # told what the run should remember
         self._scorer = Scorer(settings, pad_id=self.pad_id, report=self._report)
         self._engine_factory = engine_factory
         self._engine: RolloutEngine | None = None
@@ -85,7 +88,11 @@ class RolloutDataModule(L.LightningDataModule):
     @property
     def engine(self) -> RolloutEngine:
         if self._engine is None:
-            self._engine = self._engine_factory(self._module)
+            self._engine = RebuildingEngine(
+                lambda: self._engine_factory(self._module),
+                policy=lambda: (policy_weights(self._module.policy), self._module.global_step),
+                on_rebuild=self._note_rebuild,
+            )
         return self._engine
 
     @property
@@ -113,7 +120,9 @@ class RolloutDataModule(L.LightningDataModule):
         """Sync the engine, sample, score under the base and store refill `index`.
 
         Raises:
-            EngineError: engine and trainer disagree on the log-probs of the rollouts.
+            EngineError: engine and trainer disagree on the log-probs of the rollouts, or some
+                were sampled from other weights than the policy's.
+            DivergedError: weights or log-probs are not finite.
         """
         module, settings = self._module, self.settings
         self.sync_engine()
@@ -133,12 +142,14 @@ class RolloutDataModule(L.LightningDataModule):
             )
         with self.clock("score"):
             trajectories = self._trajectories(prompts, completions, index)
-            trajectories, scoring = self._scorer(module, trajectories)
+            trajectories, scoring = self._scorer(module, self.engine, trajectories, index + 1)
+        self._refuse_stale(trajectories, index + 1)
         self.buffer.add(trajectories, index)
         if index == 0:
             module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
         self.tokens_generated += sum(t.length for t in trajectories)
-        self.refill_metrics = {**rollout_metrics(trajectories), **scoring}
+        rebuilds = {"rollout/engine_rebuilds": float(self.engine_rebuilds)}
+        self.refill_metrics = {**rollout_metrics(trajectories), **scoring, **rebuilds}
 
     def sync_engine(self) -> None:
         """Give the engine the policy's weights, unless it has them."""
@@ -153,7 +164,8 @@ class RolloutDataModule(L.LightningDataModule):
         Raises:
             EngineError: they disagree on the log-probs of the same tokens.
         """
-        self._scorer.check(self._module, self.engine, self.buffer.newest)
+        refill = self.buffer.refill + 1
+        self._scorer.check(self._module, self.engine, self.buffer.newest, refill)
 
     def close(self) -> None:
         """Free the engine; safe to call twice."""
@@ -243,6 +255,22 @@ class RolloutDataModule(L.LightningDataModule):
                     )
                 )
         return trajectories
+
+    def _refuse_stale(self, trajectories: Sequence[Trajectory], refill: int) -> None:
+        version = self._module.global_step
+        stale = [t.policy_version for t in trajectories if t.policy_version != version]
+        if stale:
+            raise EngineError(
+                f"stale weights: {len(stale)} of {len(trajectories)} trajectories of refill "
+                f"{refill} were sampled from the policy of update {stale[0]}, but it has made "
+                f"{version}"
+            )
+
+    def _note_rebuild(self, why: str) -> None:
+        self.engine_rebuilds += 1
+        self._module.print(f"warning: {why}")
+        if self.on_warning is not None:
+            self.on_warning(why)
 
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
         if self.on_progress is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 
+from powerflow_lit.diverged import DivergedError
 from powerflow_lit.log_z import LogZ, LogZContext
 from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
 from powerflow_lit.models.checkpointing import without_dropout
@@ -41,6 +42,7 @@ class PowerFlowModule(L.LightningModule):
         loss_scale: constant factor on the loss (not on what is logged).
         lr, log_z_lr, betas, weight_decay, warmup_steps: AdamW, policy and head apart.
         grad_clip, log_z_grad_clip: largest gradient norm of either.
+        max_skipped_in_a_row: updates with a non-finite loss or gradient at which training ends.
         tokens_per_microbatch: padded tokens of one forward pass; never changes a gradient.
         logit_chunk_mb: float32 logits held at once, MB; never changes one either.
         base: p_base; None takes the policy as it is now (a copy, or its adapter switched off).
@@ -64,6 +66,7 @@ class PowerFlowModule(L.LightningModule):
         warmup_steps: int,
         grad_clip: float,
         log_z_grad_clip: float,
+        max_skipped_in_a_row: int,
         tokens_per_microbatch: int,
         logit_chunk_mb: float,
         base: FrozenBase | None = None,
@@ -88,7 +91,9 @@ class PowerFlowModule(L.LightningModule):
         self.tokens_per_microbatch = tokens_per_microbatch
         self.logit_chunk_mb = logit_chunk_mb
         self.step_metrics: dict[str, Tensor] = {}
-        self.skipped_steps = 0
+        self.max_skipped_in_a_row = max_skipped_in_a_row
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self._skips_this_step = False
         self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
 
     @property
@@ -109,10 +114,18 @@ class PowerFlowModule(L.LightningModule):
         alpha = self.alpha_schedule(self.alpha_value, self.current_epoch / max(epochs or 0, 1))
         return alpha if self.alpha_pull == 1 else 1 + (alpha - 1) * self.alpha_pull
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether a checkpoint of this state is worth keeping: the last update was not skipped,
+        and everything that is trained is finite."""
+        trained = (p for p in self.parameters() if p.requires_grad)
+        return self.skipped_in_a_row == 0 and all(bool(p.isfinite().all()) for p in trained)
+
     # --- the method -----------------------------------------------------------------------------
 
     def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor | None:
         self.step_metrics = {}
+        self._skips_this_step = False
         scores = self.policy_scores(batch)  # log pi_theta, with gradient
         inputs = self.loss_inputs(batch, scores.log_prob)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
@@ -120,6 +133,9 @@ class PowerFlowModule(L.LightningModule):
             output = self.objective(inputs, alpha=self.alpha, **self.calibration)
         except NonFiniteInputError as error:
             self._skip_step(str(error))
+            return None
+        if not bool(output.loss.isfinite()):  # finite inputs, but a square overflows
+            self._skip_step(f"the loss is {float(output.loss.detach())}")
             return None
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
         if self.uses_log_z:
@@ -226,6 +242,8 @@ class PowerFlowModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip policy and head apart; a non-finite gradient skips the step."""
+        if self._skips_this_step:  # there was no loss, and so there are no gradients
+            return
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)
         head_norm = nn.utils.clip_grad_norm_(self.log_z.parameters(), self.log_z_grad_clip)
         self.step_metrics["grad_norm"] = norm
@@ -233,10 +251,26 @@ class PowerFlowModule(L.LightningModule):
         if not bool(torch.isfinite(norm + head_norm)):
             optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
             self._skip_step(f"the gradient norm is {float(norm + head_norm)}")
+        else:
+            self.skipped_in_a_row = 0
 
     def _skip_step(self, why: str) -> None:
+        """Count an update that changes nothing: without gradients AdamW leaves all as it is.
+
+        Raises:
+            DivergedError: too many in a row.
+        """
+        self._skips_this_step = True
         self.skipped_steps += 1
-        self.print(f"update {self.global_step + 1} skipped: {why}")
+        self.skipped_in_a_row += 1
+        update = self.global_step + 1
+        self.print(f"update {update} skipped: {why}")
+        if self.skipped_in_a_row >= self.max_skipped_in_a_row:
+            raise DivergedError(
+                f"{self.skipped_in_a_row} updates in a row were skipped, up to update {update} "
+                f"(optimizer.max_skipped_in_a_row={self.max_skipped_in_a_row}); of the last, "
+                f"{why}. Try a lower optimizer.lr, or an alpha nearer to 1"
+            )
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -255,6 +289,7 @@ class PowerFlowModule(L.LightningModule):
         checkpoint["powerflow"] = {
             "calibration": dict(self.calibration),
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "alpha_pull": self.alpha_pull,
             "random_state": _random_state(),
         }
@@ -269,6 +304,7 @@ class PowerFlowModule(L.LightningModule):
         state = checkpoint["powerflow"]
         self.calibration = dict(state["calibration"])
         self.skipped_steps = state["skipped_steps"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.alpha_pull = state.get("alpha_pull", 1.0)
         self._random_state_to_restore = state["random_state"]
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from powerflow_lit.checkpoints import GOOD, PREVIOUS, link
+from powerflow_lit.health import RunWarning
 from powerflow_lit.module import PowerFlowModule
 
 Action = Literal["warn", "stop", "pull"]
@@ -141,6 +142,7 @@ class Monitor(Callback):
 
     Attributes:
         stopped_by: why the run was stopped; None while it was not.
+        warnings: what was printed, with its refill.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class Monitor(Callback):
         self.pull_factor, self.pull_recovery = pull_factor, pull_recovery
         self.checkpoint, self.good = checkpoint, checkpoint.with_name(GOOD)
         self.stopped_by: str | None = None
+        self.warnings: list[RunWarning] = []
         self._recorder = Recorder()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,6 +178,8 @@ class Monitor(Callback):
             if watch.rule.action != "stop" and watch.streak == watch.rule.patience:
                 pulled = "; alpha is pulled towards 1" if watch.rule.action == "pull" else ""
                 pl_module.print(f"warning: {watch.finding}{pulled}")
+                refill = trainer.current_epoch + 1
+                self.warnings.append(RunWarning(refill, f"{watch.finding}{pulled}"))
         self._stop(trainer, pl_module, [w for w in broken if w.rule.action == "stop"])
 
     def _refuse_unknown(self) -> None:
@@ -216,11 +221,13 @@ class Monitor(Callback):
             "watches": {w.rule.name: w.state_dict() for w in self.watches},
             "seen": sorted(self._recorder.seen),
             "values": self._recorder.values,
+            "warnings": [[w.refill, w.text] for w in self.warnings],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recorder.seen |= set(state_dict["seen"])
         self._recorder.values = state_dict.get("values", {})  # of a refill that was broken off
+        self.warnings = [RunWarning(*w) for w in state_dict.get("warnings", [])]
         for watch in self.watches:
             if watch.rule.name in state_dict["watches"]:
                 watch.load_state_dict(state_dict["watches"][watch.rule.name])

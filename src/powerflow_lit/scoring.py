@@ -12,6 +12,7 @@ from powerflow_lit.models.guard import removed_mass
 from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, RolloutEngine
+from powerflow_lit.rollout.engine import NonFiniteRolloutError
 from powerflow_lit.tasks.base import mean
 from powerflow_lit.types import AllowedTokens, TokenBatch, Trajectory
 
@@ -49,7 +50,11 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(
-        self, module: PowerFlowModule, trajectories: list[Trajectory]
+        self,
+        module: PowerFlowModule,
+        engine: RolloutEngine,
+        trajectories: list[Trajectory],
+        refill: int,
     ) -> tuple[list[Trajectory], dict[str, float]]:
         """With base log-probs, and behaviour log-probs from the engine or the trainer.
 
@@ -58,14 +63,17 @@ class Scorer:
 
         Raises:
             EngineError: engine and trainer disagree on the log-probs of the rollouts.
+            NonFiniteRolloutError: the trainer's are not finite.
         """
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         if self.settings.guard_min_p > 0:
-            return self._under_guard(module, trajectories, rows)
+            return self._under_guard(module, engine, trajectories, refill)
         with module.frozen.model() as base:
             log_p_base = self._log_probs(module, base, rows, "score")
         few = rows[: self.settings.logp_gap_trajectories]
-        gap = self._gap(self._log_probs(module, module.policy, few), trajectories)
+        ours = self._log_probs(module, module.policy, few)
+        theirs = [t.log_p_old for t in trajectories[: len(few)]]
+        gap = self._gap(module, engine, ours, theirs, refill)
         mean_length = mean([t.length for t in trajectories])
         use_engine = self.settings.log_p_old == "engine" or (
             self.settings.log_p_old == "auto"
@@ -83,26 +91,37 @@ class Scorer:
         return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
 
     def check(
-        self, module: PowerFlowModule, engine: RolloutEngine, trajectories: Sequence[Trajectory]
+        self,
+        module: PowerFlowModule,
+        engine: RolloutEngine,
+        trajectories: Sequence[Trajectory],
+        refill: int,
     ) -> None:
         """Let the engine score trajectories that the policy scores too.
 
         Raises:
             EngineError: they disagree on the log-probs of the same tokens.
+            NonFiniteRolloutError: the trainer's are not finite.
         """
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         rows = rows[: self.settings.logp_gap_trajectories]
         ours = self._log_probs(module, module.policy, rows)
-        pairs = zip(ours, engine.score(rows), strict=True)
-        self._refuse_gap(max(float((a[: len(b)] - torch.tensor(b)).abs().max()) for a, b in pairs))
+        theirs = [torch.tensor(row) for row in engine.score(rows)]
+        self._gap(module, engine, ours, theirs, refill)
 
     def _under_guard(
-        self, module: PowerFlowModule, trajectories: list[Trajectory], rows: Sequence[Row]
+        self,
+        module: PowerFlowModule,
+        engine: RolloutEngine,
+        trajectories: list[Trajectory],
+        refill: int,
     ) -> tuple[list[Trajectory], dict[str, float]]:
         """The same over the tokens that the policy, as it is at this refill, allows."""
+        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         guarded = self._guarded(module, rows)
-        few = guarded[: self.settings.logp_gap_trajectories]
-        gap = self._gap([g.log_prob_full for g in few], trajectories)
+        few = [g.log_prob_full for g in guarded[: self.settings.logp_gap_trajectories]]
+        theirs = [t.log_p_old for t in trajectories[: len(few)]]
+        gap = self._gap(module, engine, few, theirs, refill)
         allowed = [g.allowed for g in guarded]
         with module.frozen.model() as base:
             log_p_base = self._log_probs(module, base, rows, "score", allowed)
@@ -168,21 +187,41 @@ class Scorer:
         return [row[: len(response)] for row, (_, response) in zip(log_prob, rows, strict=True)]
 
     def _gap(
-        self, ours: Sequence[torch.Tensor], trajectories: Sequence[Trajectory]
+        self,
+        module: PowerFlowModule,
+        engine: RolloutEngine,
+        ours: Sequence[torch.Tensor],
+        theirs: Sequence[torch.Tensor],
+        refill: int,
     ) -> dict[str, float]:
-        """Differences between the trainer's log-probs and the engine's on as many trajectories."""
-        pairs = zip(ours, trajectories[: len(ours)], strict=True)
-        gap = torch.cat([(a - t.log_p_old).abs() for a, t in pairs])
-        self._refuse_gap(float(gap.max()))
-        return {
-            "selfcheck/engine_logp_gap": float(gap.max()),
-            "selfcheck/engine_logp_gap_mean": float(gap.mean()),
-        }
+        """Differences between the trainer's log-probs and the engine's on the same trajectories.
 
-    def _refuse_gap(self, gap: float) -> None:
-        if not gap <= self.settings.logp_gap_limit:
-            raise EngineError(
-                f"engine and trainer disagree by {gap:.4f} nats on a token they both scored "
-                f"(limit {self.settings.logp_gap_limit}): the rollouts are not the policy's. "
-                "check model.engine_dtype against model.dtype, or raise rollout.logp_gap_limit"
+        The engine may lack the last token of a row that fills the model's context.
+        """
+        broken = sum(not bool(row.isfinite().all()) for row in ours)
+        if broken:
+            raise NonFiniteRolloutError(
+                f"refill {refill}, after update {module.global_step}: the trainer's own log-probs "
+                f"are NaN or infinite in {broken} of {len(ours)} trajectories, though the "
+                "engine's are not: its activations overflow; try a lower optimizer.lr, or "
+                "trainer.precision=32-true"
             )
+        gap = torch.cat([(a[: len(b)] - b).abs() for a, b in zip(ours, theirs, strict=True)])
+        greatest = float(gap.max()) if len(gap) else 0.0
+        if not greatest <= self.settings.logp_gap_limit:
+            dtypes = (
+                f"engine {engine.name} in {engine.dtype}, "
+                f"trainer in {str(module.policy.dtype).removeprefix('torch.')} "
+                f"with precision {module.trainer.precision}"
+            )
+            raise EngineError(
+                f"refill {refill}: engine and trainer disagree by {greatest:.4f} nats on a token "
+                f"of the {len(ours)} trajectories that both scored, {float(gap.mean()):.4f} on "
+                f"average (limit {self.settings.logp_gap_limit:g}; {dtypes}): the rollouts are not "
+                "the policy's. Check model.engine_dtype against model.dtype, or raise "
+                "rollout.logp_gap_limit"
+            )
+        return {
+            "selfcheck/engine_logp_gap": greatest,
+            "selfcheck/engine_logp_gap_mean": float(gap.mean()) if len(gap) else 0.0,
+        }

@@ -27,8 +27,10 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.diverged import DivergedError
 from powerflow_lit.errors import root_cause
 from powerflow_lit.export import data_notes, export, model_card, push
+from powerflow_lit.health import warnings_of
 from powerflow_lit.interrupt import Stopped, StopSignals
 from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.module import PowerFlowModule
@@ -110,6 +112,9 @@ def _run(
             dtype = config.callbacks.export_dtype
             export(policy, tokenizer, run_dir, dtype=dtype, card=card)
             ending |= _push(config, run_dir)
+    except DivergedError as error:
+        ending |= {"status": "diverged", "stopped_by": str(error)}
+        print(f"stopped after {data.buffer.refill + 1} refills: {error}")
     except (Stopped, SIGTERMException) as error:
         number = error.signal if isinstance(error, Stopped) else signal.SIGTERM
         ending |= {"status": "interrupted", "stopped_by": signal.Signals(number).name}
@@ -119,12 +124,13 @@ def _run(
         )
         raise Stopped(number) from error
     except Exception as error:
-        ending["error"] = str(root_cause(error))
+        ending["error"] = str(root_cause(error)) or type(error).__name__
         raise
     finally:
         data.close()
         for callback in callbacks:
             getattr(callback, "stop", lambda: None)()
+        ending["warnings"] = warnings_of(callbacks)
         summary = _summary(config, module, data, evaluation, clock, ending)
         run_folder.write_summary(run_dir, summary)
         if config.logger.name == "wandb":
@@ -192,6 +198,7 @@ def _summary(
         "refills": data.buffer.refill + 1,
         "steps": module.global_step if module._trainer is not None else 0,
         "skipped_steps": module.skipped_steps,
+        "engine_rebuilds": data.engine_rebuilds,
         "base": evaluation.base,
         "base_decodings": evaluation.base_decodings,
         "final": evaluation.final,

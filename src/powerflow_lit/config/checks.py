@@ -121,6 +121,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "rollout.samples_per_prompt": config.rollout.samples_per_prompt,
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
         "buffer.updates_per_refill": config.buffer.updates_per_refill,
+        "optimizer.max_skipped_in_a_row": config.optimizer.max_skipped_in_a_row,
         "rollout.logp_gap_trajectories": config.rollout.logp_gap_trajectories,
         "callbacks.evaluation.samples_per_prompt": config.callbacks.evaluation.samples_per_prompt,
         "callbacks.selfcheck.prompts": config.callbacks.selfcheck.prompts,

@@ -100,6 +100,7 @@ class OptimizerConfig:
     warmup_steps: int = MISSING
     grad_clip: float = MISSING
     log_z_grad_clip: float = MISSING
+    max_skipped_in_a_row: int = MISSING
 
 
 @dataclass

@@ -9,11 +9,20 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from powerflow_lit.diverged import DivergedError
 from powerflow_lit.types import Completion, Sampling
 
 
 class EngineError(RuntimeError):
     """The engine cannot do what was asked; the message says what to change."""
+
+
+class NonFiniteWeightsError(EngineError, DivergedError):
+    """The policy's weights are not numbers any more: the run has diverged."""
+
+
+class NonFiniteRolloutError(EngineError, DivergedError):
+    """The policy gives log-probs that are not numbers, though its weights are."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,25 @@ class EngineSpec:
 class RolloutEngine(Protocol):
     """Samples responses from a copy of the policy that `sync` brings up to date."""
 
-    name: str
-    policy_version: int  # of the weights it holds; -1 before the first sync
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights it holds; -1 before the first sync."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """In which it computes, e.g. `float32`."""
+        ...
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         """Replace all weights. `weights` is the policy's whole state dict.
 
         Raises:
-            EngineError: a name is missing or unknown, or a tensor is not finite.
+            EngineError: a name is missing or unknown.
+            NonFiniteWeightsError: a tensor is not finite.
         """
         ...
 
@@ -75,7 +95,8 @@ def check_weights(weights: Mapping[str, Tensor], expected: set[str]) -> None:
     """Refuse a partial or non-finite set of weights before any of it reaches an engine.
 
     Raises:
-        EngineError: names the first missing, unknown or non-finite tensor.
+        EngineError: names the first missing or unknown tensor.
+        NonFiniteWeightsError: names the first that holds NaN or infinity.
     """
     if missing := expected - weights.keys():
         raise EngineError(f"sync refused: {len(missing)} weights missing, e.g. {min(missing)}")
@@ -83,4 +104,8 @@ def check_weights(weights: Mapping[str, Tensor], expected: set[str]) -> None:
         raise EngineError(f"sync refused: {len(unknown)} unknown weights, e.g. {min(unknown)}")
     for name, tensor in weights.items():
         if not bool(tensor.isfinite().all()):
-            raise EngineError(f"sync refused: {name} holds NaN or infinity")
+            bad = int((~tensor.isfinite()).sum())
+            raise NonFiniteWeightsError(
+                f"sync refused: {name} holds NaN or infinity at {bad} of {tensor.numel()} places: "
+                "the policy has diverged; try a lower optimizer.lr"
+            )

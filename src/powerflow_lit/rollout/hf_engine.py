@@ -7,12 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import plain_copy
-from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
+from powerflow_lit.rollout.engine import (
+    EngineError,
+    EngineSpec,
+    NonFiniteRolloutError,
+    check_weights,
+)
 from powerflow_lit.types import Completion, Sampling, TokenBatch
+
+
+class RefuseNonFinite(LogitsProcessor):
+    """Ends generation at the first logits that cannot be sampled from, with a name for it.
+
+    On the CPU torch would say that a probability tensor holds NaN; a GPU's process would be lost.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        greatest = scores.amax(-1)  # (N,); NaN where any is
+        if not bool(greatest.isfinite().all()):
+            bad = int((~greatest.isfinite()).sum())
+            raise NonFiniteRolloutError(
+                f"the next token's logits hold NaN or infinity in {bad} of {len(scores)} responses"
+            )
+        return scores
 
 
 class HfEngine:
@@ -36,6 +63,7 @@ class HfEngine:
         logit_chunk_mb: float,
     ) -> None:
         self._model: Any = plain_copy(spec.policy)
+        self.dtype = str(spec.policy.dtype).removeprefix("torch.")
         self._pad_id, self._eos_ids = spec.pad_id, spec.eos_ids
         self._sequences_per_batch = sequences_per_batch
         self._tokens_per_microbatch = tokens_per_microbatch
@@ -124,6 +152,7 @@ class HfEngine:
             attention_mask=attention.to(self._model.device),
             generation_config=config,
             stopping_criteria=tick,
+            logits_processor=LogitsProcessorList([RefuseNonFinite()]),
         )
         # rows run to the longest limit; cutting them changes nothing of what came before
         found = zip(output[:, width:].tolist(), rows, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -25,15 +27,16 @@ SEED_STRIDE = 4096
 
 @contextmanager
 def trainer_state_kept() -> Iterator[None]:
-    """Undo what vLLM does to its host process: random state, threads and environment.
+    """Undo what vLLM does to its host process: random state, threads, environment, excepthook.
 
     Building the engine reseeds torch, numpy and random, and even seeded requests consume the
-    global torch generator; on the CPU `torch.set_num_threads` is replaced by a no-op.
+    global torch generator; on the CPU `torch.set_num_threads` is replaced by a no-op. Of the
+    environment only vLLM's own settings stay, `VLLM_...`, which it reads as it works.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    kept = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+    environment, excepthook = dict(os.environ), sys.excepthook
     try:
         yield
     finally:
@@ -45,11 +48,33 @@ def trainer_state_kept() -> Iterator[None]:
         torch.set_num_threads = set_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in os.environ.keys() - environment.keys():
+            if not name.startswith("VLLM_"):
+                del os.environ[name]
+        os.environ.update(environment)
+        sys.excepthook = excepthook
+
+
+@contextmanager
+def group_kept(group: Any) -> Iterator[None]:
+    """Let the trainer's default process group outlive vLLM's shutdown, which destroys it.
+
+    Args:
+        group: the default group from before the engine; None if there was none, and then the
+            one that vLLM made goes with it.
+    """
+    destroy = dist.destroy_process_group
+
+    def destroy_others(which: Any = None) -> None:
+        if which is not None and which is not group:
+            destroy(which)
+
+    if group is not None:
+        dist.destroy_process_group = destroy_others  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 @contextmanager
@@ -159,6 +184,8 @@ class VllmEngine:
             # ("CPU Generator does not use offset")
             arguments.setdefault("enable_chunked_prefill", False)
             arguments.setdefault("max_num_batched_tokens", max(8192, spec.max_model_len))
+        self.dtype = dtype
+        self._group = dist.group.WORLD if dist.is_initialized() else None
         with trainer_state_kept():
             try:
                 import vllm
@@ -245,7 +272,8 @@ class VllmEngine:
     def close(self) -> None:
         # LLM has no shutdown of its own; without this the engine's threads and memory stay
         if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
+            with trainer_state_kept(), group_kept(self._group):
+                self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
     def _unknown_names(self, policy: PreTrainedModel) -> set[str]:

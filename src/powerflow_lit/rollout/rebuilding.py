@@ -1,0 +1,145 @@
+"""An engine whose answers are checked, and which is built anew when it has been poisoned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from powerflow_lit.rollout.engine import EngineError, NonFiniteRolloutError, RolloutEngine
+from powerflow_lit.types import Completion, Sampling
+
+Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
+Answer = TypeVar("Answer")
+
+
+class RebuildingEngine:
+    """Passes everything on to an engine of its own; what comes back is whole and finite.
+
+    NaN in vLLM's key-value cache outlives a good sync: blocks that hold it are given to the next
+    requests. So the first answer that is not finite costs the engine its life: a new one is built,
+    synced and asked again. Does that one answer so too, the policy itself yields NaN.
+
+    Args:
+        build: makes an engine, still without weights.
+        policy: weights of the policy as it is now, and their version.
+        on_rebuild: told in a line why the engine was built anew.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], RolloutEngine],
+        *,
+        policy: Callable[[], tuple[Mapping[str, Tensor], int]],
+        on_rebuild: Callable[[str], None],
+    ) -> None:
+        self._build, self._policy, self._on_rebuild = build, policy, on_rebuild
+        self._engine = build()
+
+    @property
+    def name(self) -> str:
+        return self._engine.name
+
+    @property
+    def dtype(self) -> str:
+        return self._engine.dtype
+
+    @property
+    def policy_version(self) -> int:
+        return self._engine.policy_version
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        """As any engine's.
+
+        Raises:
+            EngineError: also if the engine did not take the weights.
+        """
+        self._engine.sync(weights, policy_version)
+        held = self._engine.policy_version
+        if held != policy_version:
+            raise EngineError(
+                f"stale weights: the engine {self.name} was given those of update "
+                f"{policy_version} and says that it holds those of {held}; its rollouts would not "
+                "be the policy's"
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        max_new_tokens: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """As any engine's.
+
+        Raises:
+            EngineError: a response without a token, or with other than one log-prob a token.
+            NonFiniteRolloutError: not even a new engine's log-probs are finite.
+        """
+
+        def ask() -> list[list[Completion]]:
+            limits = max_new_tokens
+            return self._engine.generate(prompts, sampling, on_progress, max_new_tokens=limits)
+
+        def log_probs(groups: list[list[Completion]]) -> list[Sequence[float]]:
+            return [c.log_probs for group in groups for c in group]
+
+        groups = self._finite(ask, log_probs)
+        self._refuse_torn(groups)
+        return groups
+
+    def score(self, rows: Sequence[Row]) -> list[list[float]]:
+        """As any engine's.
+
+        Raises:
+            NonFiniteRolloutError: not even a new engine's log-probs are finite.
+        """
+        return self._finite(lambda: self._engine.score(rows), list)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _finite(
+        self, ask: Callable[[], Answer], log_probs: Callable[[Answer], list[Sequence[float]]]
+    ) -> Answer:
+        try:
+            return _checked(ask(), log_probs)
+        except NonFiniteRolloutError as error:
+            wrong = str(error)  # not the error itself, whose frames hold the engine's memory
+        self._on_rebuild(
+            f"the engine {self.name} is built anew after update {self.policy_version}: {wrong}"
+        )
+        self._engine.close()
+        self._engine = self._build()
+        self.sync(*self._policy())
+        try:
+            return _checked(ask(), log_probs)
+        except NonFiniteRolloutError as error:
+            raise NonFiniteRolloutError(
+                f"after update {self.policy_version} the policy's weights are finite, but {error}, "
+                f"and this from an engine {self.name} built anew too: activations overflow. "
+                "Try a lower optimizer.lr, or model.dtype=float32 and model.engine_dtype=float32"
+            ) from error
+
+    def _refuse_torn(self, groups: Sequence[Sequence[Completion]]) -> None:
+        for number, group in enumerate(groups):
+            for completion in group:
+                tokens, log_probs = len(completion.token_ids), len(completion.log_probs)
+                if tokens == 0 or tokens != log_probs:
+                    raise EngineError(
+                        f"the engine {self.name} returned a response of {tokens} tokens with "
+                        f"{log_probs} log-probs for prompt {number}: every response holds at least "
+                        "its end-of-sequence token, and a log-prob for each"
+                    )
+
+
+def _checked(answer: Answer, log_probs: Callable[[Answer], list[Sequence[float]]]) -> Answer:
+    rows = log_probs(answer)
+    bad = [row for row in rows if not all(map(math.isfinite, row))]
+    if bad:
+        first = next(x for x in bad[0] if not math.isfinite(x))
+        raise NonFiniteRolloutError(f"log-probs are {first} in {len(bad)} of {len(rows)} responses")
+    return answer
