@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -61,11 +62,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if altered is not None:
             raise CheckpointError(f"{path} is damaged: {altered} in it was altered")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds code, which is never run: {_first(error)}") from error
-    except (BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (UnpicklingError, BadZipFile, EOFError, OSError, RuntimeError, KeyError) as error:
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(f"{path} holds code, {found[1]}, which is never run") from error
         raise CheckpointError(f"{path} is damaged: {_first(error)}") from error
     if not isinstance(state, dict) or not {"run", "powerflow", "state_dict"} <= state.keys():
         raise CheckpointError(f"{path} is no checkpoint of powerflow_lit {__version__}")
@@ -78,6 +79,16 @@ def checkpoint_of(run_dir: Path) -> ResumePoint | None:
     Raises:
         CheckpointError: there are some, and none can be read.
     """
+    newest = _newest(run_dir)
+    if newest is None:
+        return None
+    path, state, damaged = newest
+    run = state["run"]
+    return ResumePoint(path, run["updates"], run["refills"], run["identity"], tuple(damaged))
+
+
+def _newest(run_dir: Path) -> tuple[Path, dict[str, Any], list[Path]] | None:
+    """The file, what it holds, and newer files that cannot be read, each of which is named."""
     wrong: list[CheckpointError] = []
     damaged: list[Path] = []
     for name in (LAST, PREVIOUS, GOOD):
@@ -85,14 +96,14 @@ def checkpoint_of(run_dir: Path) -> ResumePoint | None:
         if not path.exists():
             continue
         try:
-            run = read_checkpoint(path)["run"]
+            state = read_checkpoint(path)
         except CheckpointError as error:
             wrong.append(error)
             damaged.append(path)
             continue
         for reason in wrong:
             print(f"warning: {reason}; going on from {name}", file=sys.stderr)
-        return ResumePoint(path, run["updates"], run["refills"], run["identity"], tuple(damaged))
+        return path, state, damaged
     if wrong:
         raise CheckpointError(
             "; ".join(map(str, wrong)) + f"; to begin anew: remove {run_dir / 'checkpoints'}"
@@ -163,10 +174,10 @@ def load_policy(model: PreTrainedModel, run_dir: Path) -> PreTrainedModel:
     Raises:
         CheckpointError: there is none that can be read.
     """
-    point = checkpoint_of(run_dir)
-    if point is None:
+    newest = _newest(run_dir)
+    if newest is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet")
-    state = read_checkpoint(point.path)["state_dict"]
+    state = newest[1]["state_dict"]
     weights = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     tuned = saved.get("finetune", {})
