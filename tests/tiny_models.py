@@ -15,7 +15,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from powerflow_lit.models.embedded import folder_of
 from powerflow_lit.models.loading import load_model, load_tokenizer
 
 Kind = Literal["qwen2", "llama", "gpt_neox", "gemma", "gemma2", "gemma3_text", "phi", "qwen3_moe"]
