@@ -26,6 +26,7 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, evaluate_config
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.console import quiet, wide_console
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.evaluating import calibration
@@ -270,6 +271,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `powerflow-evaluate`."""
+    hide_in_output()
     _main()
 
 

@@ -14,6 +14,7 @@ from powerflow_lit.assembly import lora_settings
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.precision import HALF
@@ -81,7 +82,7 @@ def find_unfinished(config: TrainConfig) -> Path | None:
     given = Path(config.run_dir)
     if (given / "config.yaml").exists():
         return given
-    wanted = config_hash(as_dict(config))
+    wanted = config_hash(hidden(as_dict(config)))  # as it stands in config.yaml
     twins = [
         path.parent
         # alpha=4 and alpha=4.0 are spelt apart in the folder above

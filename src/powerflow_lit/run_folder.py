@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.loggers.logger import Logger
 
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.types import Trajectory
 
 VERSIONED = (
@@ -186,15 +187,15 @@ def sample_rows(
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """config.yaml (resolved) and overrides.yaml (what was typed)."""
+    """config.yaml (resolved) and overrides.yaml (what was typed), both without secrets."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "overrides.yaml", yaml.safe_dump(list(overrides)))
-    write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    write_whole(folder / "overrides.yaml", yaml.safe_dump(hidden(overrides)))
+    write_whole(folder / "config.yaml", yaml.safe_dump(hidden(config), sort_keys=False))
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json, written aside and renamed."""
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    """summary.json, written aside and renamed; without secrets."""
+    write_whole(folder / "summary.json", json.dumps(hidden(summary), indent=2) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.run_folder import write_whole
 
 State = Literal["new", "unfinished", "failed", "finished", "diverged"]
@@ -129,10 +130,10 @@ def _write_manifest(folder: Path, study: str, jobs: Sequence[Job]) -> None:
     for job in jobs:
         name = os.path.relpath(job.folder, folder)
         listed[name] = {"folder": name, "overrides": list(job.overrides)}
-    command = ["python -m powerflow_lit.train", *sys.argv[1:]]
+    command = hidden(["python -m powerflow_lit.train", *sys.argv[1:]])
     commands = [c for c in before.get("commands", []) if c != command] + [command]
     record = {"study": study, "commands": commands, "jobs": list(listed.values())}
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    write_whole(path, json.dumps(hidden(record), indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from powerflow_lit.callbacks import Evaluation
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.export import data_notes, export, model_card, push
 from powerflow_lit.module import PowerFlowModule
@@ -81,7 +82,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         status = "finished" if stopped_by is None else "diverged"
         if config.callbacks.export and stopped_by is None:
             summary = _summary(config, status, module, data, evaluation, clock)
-            card = model_card(as_dict(config), summary, data_notes(data))
+            card = hidden(model_card(as_dict(config), summary, data_notes(data)))
             dtype = config.callbacks.export_dtype
             export(policy, tokenizer, run_dir, dtype=dtype, card=card)
             pushed = _push(config, run_dir)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from powerflow_lit.config.checks import ConfigError
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.evaluating.scores import Scored, Summary
 from powerflow_lit.run_folder import append_problems, keep_problems, write_whole
 
@@ -36,7 +37,7 @@ class Record:
         self.added = 0  # pairs, in this session
         folder.mkdir(parents=True, exist_ok=True)
         before = _read(folder / "eval.json")
-        settings = json.loads(json.dumps(settings))  # as it will be read again
+        settings = hidden(json.loads(json.dumps(settings)))  # as it will be read again
         if before:
             settings = _joined(before["settings"], settings, folder)
         self.data: dict[str, Any] = {
@@ -103,7 +104,7 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        write_whole(self.folder / "eval.json", json.dumps(self.data, indent=2) + "\n")
+        write_whole(self.folder / "eval.json", json.dumps(hidden(self.data), indent=2) + "\n")
 
     def _drop_unfinished(self) -> None:
         """Forget the rows of a pair that was being written when the evaluation was killed."""
