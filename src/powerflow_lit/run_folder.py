@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import yaml
 from lightning.pytorch.loggers.logger import Logger
 
 from powerflow_lit.config.secrets import hidden
+from powerflow_lit.disk import named, written_aside
 from powerflow_lit.types import Trajectory
 
 VERSIONED = (
@@ -68,16 +68,14 @@ class MetricsCsv(Logger):
         if new or merged:
             self._write_all()
         else:
-            with self.path.open("a", newline="") as file:
+            with named(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(self._rows[-1])
 
     def _write_all(self) -> None:
-        aside = self.path.with_suffix(".csv.tmp")
-        with aside.open("w", newline="") as file:
+        with written_aside(self.path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self._rows)
-        os.replace(aside, self.path)
 
 
 def _complete(row: Mapping[str, str | None], keep_until: int) -> bool:
@@ -87,7 +85,8 @@ def _complete(row: Mapping[str, str | None], keep_until: int) -> bool:
 
 def append_samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add `sample_rows` to samples.jsonl, a line each."""
-    with (folder / "samples.jsonl").open("a") as file:
+    path = folder / "samples.jsonl"
+    with named(path), path.open("a") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
 
@@ -105,9 +104,8 @@ def cut_samples(folder: Path, refills: int) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Written aside and renamed, so that a kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(text)
 
 
 def append_problems(
@@ -154,14 +152,12 @@ def keep_problems(folder: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> 
 
 def _write_problems(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path = folder / "problems.csv"
-    aside = path.with_suffix(".csv.tmp")
     # greedy decoding has a k of its own: avg@1 beside avg@16
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with aside.open("w", newline="") as file:
+    with written_aside(path) as aside, aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, path)
 
 
 def sample_rows(

@@ -19,11 +19,14 @@ from powerflow_lit.assembly import (
     build_wandb,
 )
 from powerflow_lit.callbacks import Evaluation
+from powerflow_lit.checkpoint_io import StraightCheckpointIO
+from powerflow_lit.checkpoints import LAST
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hidden
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.disk import DiskError, explained
 from powerflow_lit.export import data_notes, export, model_card, push
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
@@ -74,18 +77,24 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
-    status, stopped_by, pushed = "failed", None, None
+    trainer.strategy.checkpoint_io = StraightCheckpointIO()
+    status, stopped_by, pushed, failure = "failed", None, None, None
     try:
         path = str(checkpoint.path) if checkpoint else None
-        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        with explained(lambda: _how_to_go_on(run_dir)):
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
         status = "finished" if stopped_by is None else "diverged"
         if config.callbacks.export and stopped_by is None:
             summary = _summary(config, status, module, data, evaluation, clock)
             card = hidden(model_card(as_dict(config), summary, data_notes(data)))
             dtype = config.callbacks.export_dtype
-            export(policy, tokenizer, run_dir, dtype=dtype, card=card)
+            with explained(lambda: _how_to_go_on(run_dir)):
+                export(policy, tokenizer, run_dir, dtype=dtype, card=card)
             pushed = _push(config, run_dir)
+    except DiskError as error:
+        status, failure = "failed", str(error)
+        raise
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")
@@ -99,10 +108,35 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
             summary["stopped_by"] = stopped_by
         if pushed is not None:
             summary["push_to_hub"] = pushed
-        run_folder.write_summary(run_dir, summary)
+        if failure is not None:
+            summary["error"] = failure
+        _write_summary(run_dir, summary)
         if config.logger.name == "wandb":
             _finish_wandb(loggers[-1], summary)
     return summary
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    """What a run whose disk is full has to say."""
+    go_on = f"python -m powerflow_lit.train resume={run_dir}"
+    if (run_dir / "checkpoints" / LAST).exists():
+        return f"checkpoints/{LAST} stands as it was: free some space, then {go_on}"
+    return f"There is no checkpoint yet: free some space, then {go_on}"
+
+
+def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """summary.json; where a run that failed cannot write it, a line says so.
+
+    Raises:
+        DiskError: it cannot be written, and all else went well.
+    """
+    try:
+        with explained(lambda: _how_to_go_on(run_dir)):
+            run_folder.write_summary(run_dir, summary)
+    except DiskError as error:
+        if summary["status"] in ("finished", "diverged"):
+            raise
+        print(f"warning: not written either: {error.__cause__}", file=sys.stderr)
 
 
 def _push(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from powerflow_lit.config.checks import ConfigError
 from powerflow_lit.config.secrets import hidden
+from powerflow_lit.disk import named
 from powerflow_lit.evaluating.scores import Scored, Summary
 from powerflow_lit.run_folder import append_problems, keep_problems, write_whole
 
@@ -82,7 +83,8 @@ class Record:
             prompt_ids: the ids of the prompts that `scored.figures` are of.
             facts: what else eval.json says of the pair.
         """
-        with (self.folder / "responses.jsonl").open("a") as file:
+        path = self.folder / "responses.jsonl"
+        with named(path), path.open("a") as file:
             for row in scored.rows:
                 whole = {"benchmark": benchmark, "sampler": sampler, **row}
                 file.write(json.dumps(whole, ensure_ascii=False) + "\n")
