@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from powerflow_lit.checkpoints import Checkpoint
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.health import Health
@@ -270,17 +272,18 @@ def build_wandb(config: TrainConfig, run_dir: Path) -> Logger:
         id_file.parent.mkdir(parents=True, exist_ok=True)
         id_file.write_text(uuid.uuid4().hex[:8])
     offline = wandb_mode(config.logger.mode) == "offline"
+    sys.argv[1:] = hidden(sys.argv[1:])  # W&B keeps what was typed; Hydra has read it
     return WandbLogger(
         name=f"{config.strategy.name}_alpha{config.alpha:g}_seed{config.seed}",
         id=id_file.read_text(),
         save_dir=str(run_dir),
-        project=config.logger.project,
+        project=hidden(config.logger.project),
         entity=config.logger.entity,
         offline=offline,
-        group=config.logger.group,
+        group=hidden(config.logger.group),
         job_type=config.strategy.name,
         tags=wandb_tags(config),
-        config=dict(as_dict(config)),
+        config=hidden(as_dict(config)),
         resume="allow",
         settings=wandb.Settings(silent=True),
     )
@@ -290,4 +293,4 @@ def wandb_tags(config: TrainConfig) -> list[str]:
     """What a panel or a table is filtered by, then the user's own; W&B takes 64 characters each."""
     automatic = [config.strategy.name, config.task.name, config.model.name]
     tags = [*automatic, f"alpha={config.alpha:g}", *config.logger.tags]
-    return list(dict.fromkeys(tag[:64] for tag in tags))
+    return list(dict.fromkeys(hidden(tag)[:64] for tag in tags))

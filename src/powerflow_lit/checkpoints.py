@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from powerflow_lit.callbacks import due
+from powerflow_lit.disk import dropped, named
 from powerflow_lit.interrupt import Stopped
 from powerflow_lit.module import PowerFlowModule
 
@@ -92,7 +93,8 @@ class Checkpoint(Callback):
         self._within_refill = within_refill
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".ckpt.tmp")
-        trainer.save_checkpoint(aside)
+        with named(self.path), dropped(aside):
+            trainer.save_checkpoint(aside)
         if not trainer.is_global_zero:
             return
         with aside.open("rb") as file:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from powerflow_lit.callbacks import Evaluation, StepMetrics
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.datamodule import RolloutDataModule
 
 # columns of a refill's line: (label, metric, format)
@@ -115,7 +116,8 @@ NOISE = (
 
 
 def quiet() -> None:
-    """Leave the terminal to the run's own lines."""
+    """Leave the terminal to the run's own lines, and keep secrets out of it."""
+    hide_in_output()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("vllm").setLevel(logging.ERROR)
     for message in NOISE:

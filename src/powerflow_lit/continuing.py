@@ -10,6 +10,7 @@ import yaml
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.run_folder import read_summary
 from powerflow_lit.sweep import ENDED
 
@@ -37,7 +38,7 @@ def find_unfinished(config: TrainConfig) -> Path | None:
     given = Path(config.run_dir)
     if (given / "config.yaml").exists():
         return given
-    wanted = config_hash(as_dict(config))
+    wanted = config_hash(hidden(as_dict(config)))  # as it stands in config.yaml
     twins = [
         path.parent
         # alpha=4 and alpha=4.0 are spelt apart in the folder above

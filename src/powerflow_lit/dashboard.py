@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.schema import DashboardConfig
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.reporting.grouping import COLOURS
 from powerflow_lit.wandb_login import has_wandb_login
 
@@ -243,6 +244,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `powerflow-dashboard`."""
+    hide_in_output()
     _main()
 
 

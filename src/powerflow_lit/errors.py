@@ -3,6 +3,7 @@
 from hydra.errors import InstantiationException
 
 from powerflow_lit.config.checks import ConfigError
+from powerflow_lit.disk import DiskError
 from powerflow_lit.judging.endpoint import JudgeError
 from powerflow_lit.models.loading import ModelError
 from powerflow_lit.monitor import MonitorError
@@ -13,7 +14,7 @@ from powerflow_lit.tasks.base import TaskError
 
 USER_ERRORS = (
     ConfigError, ModelError, TaskError, EngineError, ObjectiveError, MonitorError,
-    JudgeError, CheckpointError, InstantiationException,
+    JudgeError, CheckpointError, DiskError, InstantiationException,
 )  # fmt: skip
 
 

@@ -26,7 +26,9 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, evaluate_config
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import EvaluateConfig
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.console import quiet, wide_console
+from powerflow_lit.disk import explained
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.evaluating import calibration
 from powerflow_lit.evaluating.benchmarks import Benchmark, located, prepared
@@ -250,7 +252,8 @@ def _main(cfg: DictConfig) -> None:
         quiet()
         overrides = HydraConfig.get().overrides.task
         config = evaluate_config(with_available_engine(_of_run(cfg, overrides)))
-        record = run(config)
+        with explained(lambda: "Free some space; the same command goes on from what was kept"):
+            record = run(config)
     except USER_ERRORS as error:
         print(f"error: {root_cause(error)}", file=sys.stderr)
         sys.exit(2)
@@ -270,6 +273,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `powerflow-evaluate`."""
+    hide_in_output()
     _main()
 
 

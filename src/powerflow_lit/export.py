@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.disk import named
 from powerflow_lit.models.lora import is_lora, policy_weights
 
 PAPER = "https://arxiv.org/abs/2603.18363"
@@ -40,13 +41,35 @@ def export(
     """Write `folder/export`, aside first: `AutoModelForCausalLM` and `vllm serve` open it.
 
     An adapter is merged into the weights, and kept beside them in `export/adapter` for peft.
+    What an export before left stays until the new one is whole.
 
     Args:
         dtype: of the written weights; None keeps the policy's.
         card: text of README.md.
+
+    Raises:
+        OSError: the disk is full; the space of the unfinished export is given back.
     """
     target, aside = folder / "export", folder / "export.tmp"
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with named(target):
+            _write(policy, tokenizer, aside, dtype, card)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return target
+
+
+def _write(
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
+    aside: Path,
+    dtype: str | None,
+    card: str | None,
+) -> None:
     # the weights go through the CPU: a GPU that trains has no room for another copy
     _plain_shell(policy).save_pretrained(aside, state_dict=_on_cpu(policy, dtype))
     # the shell, which has no weights of its own, would say the default dtype
@@ -56,9 +79,6 @@ def export(
     tokenizer.save_pretrained(aside)
     if card is not None:
         (aside / "README.md").write_text(card)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    return target
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str | None:

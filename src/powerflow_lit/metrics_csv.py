@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
+
+from powerflow_lit.disk import named, written_aside
 
 
 class MetricsCsv(Logger):
@@ -55,16 +56,14 @@ class MetricsCsv(Logger):
         if new or merged:
             self._write_all()
         else:
-            with self.path.open("a", newline="") as file:
+            with named(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(self._rows[-1])
 
     def _write_all(self) -> None:
-        aside = self.path.with_suffix(".csv.tmp")
-        with aside.open("w", newline="") as file:
+        with written_aside(self.path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self._rows)
-        os.replace(aside, self.path)
 
 
 def _complete(row: Mapping[str, str | None], keep_until: int) -> bool:

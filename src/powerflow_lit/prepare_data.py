@@ -26,6 +26,7 @@ from powerflow_lit import __version__
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.schema import PrepareDataConfig, SolutionConfig
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.console import wide_console
 from powerflow_lit.errors import USER_ERRORS
 from powerflow_lit.models.loading import load_tokenizer
@@ -158,6 +159,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `powerflow-prepare-data`."""
+    hide_in_output()
     _main()
 
 

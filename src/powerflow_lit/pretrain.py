@@ -17,6 +17,7 @@ from rich.progress import Progress
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.schema import PretrainConfig
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.corpora import arithmetic, creative
 from powerflow_lit.models.embedded import NAMES, folder_of
 from powerflow_lit.models.embedded.pretraining import Pretraining, encode, new_model, sharpen, train
@@ -65,6 +66,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `powerflow-pretrain`."""
+    hide_in_output()
     _main()
 
 

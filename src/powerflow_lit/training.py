@@ -23,10 +23,14 @@ from powerflow_lit.assembly import (
     identity_of,
 )
 from powerflow_lit.callbacks import Evaluation
+from powerflow_lit.checkpoint_io import StraightCheckpointIO
+from powerflow_lit.checkpoints import LAST
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import ConfigError, as_dict
 from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.disk import DiskError, explained
 from powerflow_lit.diverged import DivergedError
 from powerflow_lit.errors import root_cause
 from powerflow_lit.export import data_notes, export, model_card, push
@@ -97,10 +101,11 @@ def _run(
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
+    trainer.strategy.checkpoint_io = StraightCheckpointIO()
     ending: dict[str, Any] = {"status": "failed"}
     try:
         path = str(point.path) if point else None
-        with signals.deferred():
+        with signals.deferred(), explained(lambda: _how_to_go_on(run_dir)):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
         ending["status"] = "finished" if stopped_by is None else "diverged"
@@ -108,9 +113,10 @@ def _run(
             ending["stopped_by"] = stopped_by
         elif config.callbacks.export:
             summary = _summary(config, module, data, evaluation, clock, ending)
-            card = model_card(as_dict(config), summary, data_notes(data))
+            card = hidden(model_card(as_dict(config), summary, data_notes(data)))
             dtype = config.callbacks.export_dtype
-            export(policy, tokenizer, run_dir, dtype=dtype, card=card)
+            with explained(lambda: _how_to_go_on(run_dir)):
+                export(policy, tokenizer, run_dir, dtype=dtype, card=card)
             ending |= _push(config, run_dir)
     except DivergedError as error:
         ending |= {"status": "diverged", "stopped_by": str(error)}
@@ -132,7 +138,7 @@ def _run(
             getattr(callback, "stop", lambda: None)()
         ending["warnings"] = warnings_of(callbacks)
         summary = _summary(config, module, data, evaluation, clock, ending)
-        run_folder.write_summary(run_dir, summary)
+        _write_summary(run_dir, summary)
         if config.logger.name == "wandb":
             _finish_wandb(loggers[-1], summary)
     return summary
@@ -160,6 +166,29 @@ def _resume_point(config: TrainConfig, run_dir: Path) -> ResumePoint | None:
     for line in changed_settings(run_dir, config):
         print(f"resume: changed {line}")
     return point
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    """What a run whose disk is full has to say."""
+    go_on = f"python -m powerflow_lit.train resume={run_dir}"
+    if (run_dir / "checkpoints" / LAST).exists():
+        return f"checkpoints/{LAST} stands as it was: free some space, then {go_on}"
+    return f"There is no checkpoint yet: free some space, then {go_on}"
+
+
+def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """summary.json; where a run that failed cannot write it, a line says so.
+
+    Raises:
+        DiskError: it cannot be written, and all else went well.
+    """
+    try:
+        with explained(lambda: _how_to_go_on(run_dir)):
+            run_folder.write_summary(run_dir, summary)
+    except DiskError as error:
+        if summary["status"] in ("finished", "diverged"):
+            raise
+        print(f"warning: not written either: {error.__cause__}", file=sys.stderr)
 
 
 def _push(config: TrainConfig, run_dir: Path) -> dict[str, Any]:

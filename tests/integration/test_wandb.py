@@ -31,13 +31,32 @@ METRICS = sorted(
 )
 
 
+# in the environment of the sweep; two of them are also typed
+SECRETS = {
+    "HF_TOKEN": "hf_marker0123456789",
+    "OPENAI_API_KEY": "sk-marker-0123456789",
+    "AWS_SECRET_ACCESS_KEY": "marker/0123+456789",
+}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
-    """A sweep over both embedded tasks, by task; evaluated with the k that the panels name."""
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A sweep over both embedded tasks, evaluated with the k that the panels name; its output."""
     folder = tmp_path_factory.mktemp("sweep")
     k = f"callbacks.evaluation.samples_per_prompt={CONFIG.k}"
-    chosen = ("study=both", "logger.tags=[mine]", "logger.mode=offline", k)
-    train(folder, "-m", "task=arithmetic,creative", "debug=fast", "rollout=hf", *chosen)
+    tags = "logger.tags=[mine,'${oc.env:HF_TOKEN}'," + SECRETS["OPENAI_API_KEY"] + "]"
+    chosen = ("study=both", tags, "logger.mode=offline", k, "callbacks.evaluation.max_prompts=16")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        done = train(folder, "-m", "task=arithmetic,creative", "debug=fast", "rollout=hf", *chosen)
+    return folder, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(sweep: tuple[Path, str]) -> dict[str, OfflineRun]:
+    """What the jobs of the sweep left in W&B, by task."""
+    folder, _ = sweep
     written = sorted(folder.glob("multirun/both/*/wandb/offline-run-*"))
     assert len(written) == 2, written
     read = [read_offline_run(path, folder) for path in written]
@@ -100,10 +119,24 @@ def test_the_jobs_of_a_sweep_are_finished_runs_of_their_own_in_one_group(
 
 def test_a_run_can_be_filtered_by_its_tags(runs: dict[str, OfflineRun]) -> None:
     tags = {task: set(run.run["tags"]) for task, run in runs.items()}
+    mine = {"mine", "${oc.env:HF_TOKEN}", "${oc.env:OPENAI_API_KEY}"}
     assert tags == {
-        "arithmetic": {"powerflow", "arithmetic", "tiny", "alpha=4", "mine"},
-        "creative": {"powerflow", "creative", "tiny_instruct", "alpha=0.5", "mine"},
+        "arithmetic": {"powerflow", "arithmetic", "tiny", "alpha=4", *mine},
+        "creative": {"powerflow", "creative", "tiny_instruct", "alpha=0.5", *mine},
     }
+
+
+def test_no_file_nor_line_of_a_sweep_holds_a_key_of_the_environment(
+    sweep: tuple[Path, str],
+) -> None:
+    folder, printed = sweep
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"sweep.json", "config.yaml", "output.log", "last.ckpt"} <= {p.name for p in files}
+    assert "${oc.env:OPENAI_API_KEY}" in (folder / "multirun/both/sweep.json").read_text()
+    for name, value in SECRETS.items():
+        assert value not in printed
+        # checkpoints are zip files that store their members as they are
+        assert [path for path in files if value.encode() in path.read_bytes()] == [], name
 
 
 def test_a_run_left_open_by_the_job_before_is_closed_and_not_written_into(

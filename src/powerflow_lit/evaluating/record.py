@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from powerflow_lit.config.checks import ConfigError
+from powerflow_lit.config.secrets import hidden
+from powerflow_lit.disk import named
 from powerflow_lit.evaluating.scores import Scored, Summary
 from powerflow_lit.run_folder import append_problems, keep_problems, write_whole
 
@@ -36,7 +38,7 @@ class Record:
         self.added = 0  # pairs, in this session
         folder.mkdir(parents=True, exist_ok=True)
         before = _read(folder / "eval.json")
-        settings = json.loads(json.dumps(settings))  # as it will be read again
+        settings = hidden(json.loads(json.dumps(settings)))  # as it will be read again
         if before:
             settings = _joined(before["settings"], settings, folder)
         self.data: dict[str, Any] = {
@@ -81,7 +83,8 @@ class Record:
             prompt_ids: the ids of the prompts that `scored.figures` are of.
             facts: what else eval.json says of the pair.
         """
-        with (self.folder / "responses.jsonl").open("a") as file:
+        path = self.folder / "responses.jsonl"
+        with named(path), path.open("a") as file:
             for row in scored.rows:
                 whole = {"benchmark": benchmark, "sampler": sampler, **row}
                 file.write(json.dumps(whole, ensure_ascii=False) + "\n")
@@ -103,7 +106,7 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        write_whole(self.folder / "eval.json", json.dumps(self.data, indent=2) + "\n")
+        write_whole(self.folder / "eval.json", json.dumps(hidden(self.data), indent=2) + "\n")
 
     def _drop_unfinished(self) -> None:
         """Forget the rows of a pair that was being written when the evaluation was killed."""
