@@ -21,6 +21,7 @@ from powerflow_lit.assembly import lora_settings
 from powerflow_lit.checkpoints import GOOD, LAST, PREVIOUS
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
+from powerflow_lit.config.secrets import hidden
 from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.precision import HALF
