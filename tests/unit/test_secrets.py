@@ -12,7 +12,7 @@ import yaml
 from powerflow_lit import run_folder
 from powerflow_lit.config.checks import as_dict, train_config
 from powerflow_lit.config.secrets import HidingStream, hidden, secrets_of
-from powerflow_lit.resume import expand_resume
+from powerflow_lit.continuing import expand_resume
 from tests.unit.test_config import composed
 
 VALUE = "marker-0123456789"
