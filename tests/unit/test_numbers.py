@@ -187,7 +187,9 @@ def test_no_checkpoint_is_written_while_updates_are_skipped(tmp_path: Path) -> N
 
     trained = breakable()
     trained.__class__ = InEpoch1
-    checkpoint = Checkpoint(tmp_path, every_n_refills=1)
+    checkpoint = Checkpoint(
+        tmp_path, every_n_refills=1, every_n_updates=None, keep_previous=False, identity={}
+    )
     fit(trained, [good(1), good(2)], epochs=3, callbacks=[checkpoint, Keep()])
     before, first, second, third = kept
     assert before == b""
