@@ -108,6 +108,7 @@ NOISE = (
     "LeafSpec",
     "transfer_batch",
     "reduce_op",
+    "`training_step` returned `None`",
 )
 
 

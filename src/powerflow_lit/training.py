@@ -90,7 +90,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
             pushed = _push(config, run_dir)
     except DivergedError as error:
         status, stopped_by = "diverged", str(error)
-        print(f"stopped after {data.buffer.refill + 1} refills: {error}")
+        print(f"stopped: {error}")
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         print(f"interrupted; continue with: python -m powerflow_lit.train resume={run_dir}")

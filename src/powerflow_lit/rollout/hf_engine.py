@@ -115,7 +115,7 @@ class HfEngine:
         ]
 
     def close(self) -> None:
-        """Nothing to free beyond the copy itself."""
+        self._model, self.policy_version = None, -1
 
     def _generate(self, rows: list[tuple[list[int], int]], sampling: Sampling) -> list[Completion]:
         prompts = [prompt for prompt, _ in rows]
