@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.evaluation import evaluate, val_metrics
 from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.objectives import NonFiniteInputError
 from powerflow_lit.rollout.buffer import pack, unpack
 from powerflow_lit.run_folder import append_problems, append_samples, sample_rows
 from powerflow_lit.samplers import Decoding, EvaluationSettings
@@ -189,8 +191,11 @@ class SelfCheck(Callback):
 
     def _spread(self, module: PowerFlowModule) -> dict[str, float]:
         assert self._batch is not None
-        residual = module.residual(self._batch)
-        return {"selfcheck/residual_std_on_base": float(residual.std(unbiased=False))}
+        try:
+            spread = float(module.residual(self._batch).std(unbiased=False))
+        except NonFiniteInputError:  # the next sync refuses such a policy, with the tensor's name
+            spread = math.nan
+        return {"selfcheck/residual_std_on_base": spread}
 
     def state_dict(self) -> dict[str, Any]:
         return {"trajectories": self._trajectories}

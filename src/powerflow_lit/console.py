@@ -112,6 +112,7 @@ NOISE = (
     "transfer_batch",
     "reduce_op",
     "your dataloader is not resumable",  # `datamodule.Updates` is, by our own count
+    "`training_step` returned `None`",
 )
 
 

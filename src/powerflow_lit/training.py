@@ -120,7 +120,7 @@ def _run(
             ending |= _push(config, run_dir)
     except DivergedError as error:
         ending |= {"status": "diverged", "stopped_by": str(error)}
-        print(f"stopped after {data.buffer.refill + 1} refills: {error}")
+        print(f"stopped: {error}")
     except (Stopped, SIGTERMException) as error:
         number = error.signal if isinstance(error, Stopped) else signal.SIGTERM
         ending |= {"status": "interrupted", "stopped_by": signal.Signals(number).name}

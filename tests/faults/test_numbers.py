@@ -70,7 +70,7 @@ def test_nan_losses_in_a_row_end_the_run_as_diverged_with_its_last_good_checkpoi
 ) -> None:
     """From update 4 on, the last of refill 2, so that the checkpoint of refill 1 is the last."""
     code, printed = ran(tmp_path, *HF, *nan_loss(4, 99), "optimizer.max_skipped_in_a_row=3")
-    assert code != 1, printed
+    assert code not in (1, 2), printed
     assert "Traceback" not in printed
     summary = summary_of(tmp_path)
     assert summary["status"] == "diverged"
@@ -118,7 +118,7 @@ def test_weights_that_overflow_end_the_run_as_diverged(tmp_path: Path) -> None:
     """An absurd rate makes a policy that no engine can sample from; its checkpoint is not kept."""
     code, printed = ran(tmp_path, *HF, "optimizer.lr=1e36")
     assert "Traceback" not in printed
-    assert code not in (0, 1), printed
+    assert code not in (1, 2), printed
     summary = summary_of(tmp_path)
     assert summary["status"] == "diverged"
     assert summary["refills"] == 1
@@ -188,7 +188,7 @@ def test_a_stop_rule_ends_a_run_whose_responses_are_all_cut_or_empty(tmp_path: P
             "monitor=stop", "~monitor.rules.format", "refills=6",
         )  # fmt: skip
         assert "Traceback" not in printed, printed
-        assert code != 1
+        assert code not in (1, 2), printed
         summary = summary_of(folder)
         assert (summary["status"], summary["refills"]) == ("diverged", 3)
         assert f"monitor rule {rule}: " in summary["stopped_by"]

@@ -53,6 +53,15 @@ def policy() -> PreTrainedModel:
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing from more, and two processes lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["vllm", "hf"])
 def engine(request: pytest.FixtureRequest, policy: PreTrainedModel) -> Iterator[RolloutEngine]:
     make = {"vllm": vllm_engine, "hf": hf_engine}[request.param]

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from powerflow_lit.config import conf_dir
+from powerflow_lit.config.checks import train_config
 from powerflow_lit.monitor import Monitor, MonitorError, Recorder, Rule, Watch, next_pull
 from tests.unit.test_module import module
 
@@ -106,6 +109,7 @@ class Run:
         self.printed: list[str] = []
         self.module: Any = module()
         self.module.print = self.printed.append
+        folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "last.ckpt"
         self.monitor = Monitor(
             list(rules), pull_factor=0.5, pull_recovery=0.25, checkpoint=self.checkpoint
@@ -135,6 +139,49 @@ def test_a_warning_is_printed_once_for_each_streak(tmp_path: Path) -> None:
     assert all(x.startswith("warning: monitor rule length") for x in run.printed)
     assert not run.should_stop
     assert run.module.alpha_pull == 1
+    assert [w.refill for w in run.monitor.warnings] == [3, 8]
+    resumed = Run(tmp_path, rule(below=5.0, patience=2))
+    resumed.monitor.load_state_dict(run.monitor.state_dict())
+    assert resumed.monitor.warnings == run.monitor.warnings
+
+
+# each rule of monitor=default: its metric, a value that keeps it and one that breaks it
+ILL = {
+    "repetition": ("repetition", 0.1, 0.3),
+    "length": ("length_mean", 20.0, 9.9),
+    "length_floor": ("length_mean", 2.0, 1.9),
+    "truncation": ("truncated_frac", 0.2, 0.21),
+    "format": ("format_rate", 0.05, 0.04),
+}
+WELL = {"repetition": 0.1, "length_mean": 20.0, "truncated_frac": 0.0, "format_rate": 1.0}
+
+
+def rules_of(choice: str) -> list[Rule]:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = train_config(compose("train", [f"monitor={choice}", "run_dir=unused"]))
+    return [Rule(name=name, **vars(rule)) for name, rule in config.monitor.rules.items()]
+
+
+def test_every_rule_of_the_default_warns_and_of_stop_ends_the_run(tmp_path: Path) -> None:
+    warn, stop = rules_of("default"), rules_of("stop")
+    assert {r.name for r in warn} == {r.name for r in stop} == ILL.keys()
+    for name, (metric, kept, broken) in ILL.items():
+        healthy = {**WELL, metric: kept}
+        for rules in (warn, stop):
+            run = Run(tmp_path / name / rules[0].action, *rules)
+            for _ in range(4):
+                run.refill(**healthy)
+            assert run.printed == [], f"{metric}={kept} keeps every rule"
+            for _ in range(3):  # the patience of each
+                assert not run.should_stop
+                run.refill(**{**healthy, metric: broken})
+            (said,) = run.printed
+            assert f"monitor rule {name}: rollout/{metric} is {broken:g}, " in said
+            assert run.should_stop == (rules is stop)
+            assert (run.monitor.stopped_by is not None) == (rules is stop)
+            texts = [(w.refill, w.text) for w in run.monitor.warnings]
+            expected = [] if rules is stop else [(7, said.removeprefix("warning: "))]
+            assert texts == expected
 
 
 def test_a_stop_leaves_the_newest_checkpoint_whose_rollouts_kept_the_rules(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def checked(inputs: LossInputs) -> LossInputs:
             row, column = torch.nonzero(bad)[0].tolist()
             raise NonFiniteInputError(
                 f"{name} is {value[row, column].item()} at trajectory {row}, token {column} "
-                f"({int(bad.sum())} such tokens): skip this update, or lower the learning rate"
+                f"({int(bad.sum())} such tokens)"
             )
     for name in ("log_z", "format_penalty"):
         value = getattr(inputs, name)

@@ -124,7 +124,7 @@ class HfEngine:
         ]
 
     def close(self) -> None:
-        """Nothing to free beyond the copy itself."""
+        self._model, self.policy_version = None, -1
 
     def _generate(
         self, rows: list[tuple[list[int], int]], sampling: Sampling, tick: StoppingCriteriaList
