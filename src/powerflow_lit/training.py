@@ -81,7 +81,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     status, stopped_by, pushed, failure = "failed", None, None, None
     try:
         path = str(checkpoint.path) if checkpoint else None
-        with explained(lambda: _how_to_go_on(run_dir)):
+        with explained(lambda: how_to_go_on(run_dir)):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
         status = "finished" if stopped_by is None else "diverged"
@@ -89,7 +89,7 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
             summary = _summary(config, status, module, data, evaluation, clock)
             card = hidden(model_card(as_dict(config), summary, data_notes(data)))
             dtype = config.callbacks.export_dtype
-            with explained(lambda: _how_to_go_on(run_dir)):
+            with explained(lambda: how_to_go_on(run_dir)):
                 export(policy, tokenizer, run_dir, dtype=dtype, card=card)
             pushed = _push(config, run_dir)
     except DiskError as error:
@@ -116,12 +116,13 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
     return summary
 
 
-def _how_to_go_on(run_dir: Path) -> str:
+def how_to_go_on(run_dir: Path) -> str:
     """What a run whose disk is full has to say."""
-    go_on = f"python -m powerflow_lit.train resume={run_dir}"
-    if (run_dir / "checkpoints" / LAST).exists():
-        return f"checkpoints/{LAST} stands as it was: free some space, then {go_on}"
-    return f"There is no checkpoint yet: free some space, then {go_on}"
+    if not (run_dir / "overrides.yaml").exists():
+        return "Nothing was begun: free some space, then run the same command again"
+    stands = (run_dir / "checkpoints" / LAST).exists()
+    found = f"checkpoints/{LAST} stands as it was" if stands else "There is no checkpoint yet"
+    return f"{found}: free some space, then python -m powerflow_lit.train resume={run_dir}"
 
 
 def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
@@ -131,7 +132,7 @@ def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
         DiskError: it cannot be written, and all else went well.
     """
     try:
-        with explained(lambda: _how_to_go_on(run_dir)):
+        with explained(lambda: how_to_go_on(run_dir)):
             run_folder.write_summary(run_dir, summary)
     except DiskError as error:
         if summary["status"] in ("finished", "diverged"):
