@@ -20,17 +20,18 @@ from omegaconf import DictConfig
 
 from powerflow_lit import run_folder
 from powerflow_lit.config import conf_dir
-from powerflow_lit.config.checks import train_config
+from powerflow_lit.config.checks import ConfigError, train_config
 from powerflow_lit.config.fallback import with_available_engine
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.console import final_table, phase_line, quiet, wide_console
 from powerflow_lit.continuing import expand_resume, find_unfinished
+from powerflow_lit.disk import explained
 from powerflow_lit.errors import USER_ERRORS, root_cause
 from powerflow_lit.memory_check import check_memory
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
-from powerflow_lit.training import run
-from powerflow_lit.wandb_login import wandb_mode
+from powerflow_lit.training import how_to_go_on, run
+from powerflow_lit.wandb_login import missing_login, wandb_mode
 
 
 def announce(config: TrainConfig, run_dir: Path) -> None:
@@ -117,9 +118,13 @@ def _announced_run(config: TrainConfig, overrides: Sequence[str]) -> dict[str, A
     if config.model.estimate_only:
         check_memory(config)
         return {}
+    missing = missing_login(config.logger.mode) if config.logger.name == "wandb" else None
+    if missing is not None:
+        raise ConfigError(missing)
     announce(config, run_dir)
     check_memory(config)
-    summary = run(config, run_dir, overrides)
+    with explained(lambda: how_to_go_on(run_dir)):
+        summary = run(config, run_dir, overrides)
     wide_console().print(
         final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n"
     )

@@ -105,7 +105,7 @@ def _run(
     ending: dict[str, Any] = {"status": "failed"}
     try:
         path = str(point.path) if point else None
-        with signals.deferred(), explained(lambda: _how_to_go_on(run_dir)):
+        with signals.deferred(), explained(lambda: how_to_go_on(run_dir)):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
         ending["status"] = "finished" if stopped_by is None else "diverged"
@@ -115,7 +115,7 @@ def _run(
             summary = _summary(config, module, data, evaluation, clock, ending)
             card = hidden(model_card(as_dict(config), summary, data_notes(data)))
             dtype = config.callbacks.export_dtype
-            with explained(lambda: _how_to_go_on(run_dir)):
+            with explained(lambda: how_to_go_on(run_dir)):
                 export(policy, tokenizer, run_dir, dtype=dtype, card=card)
             ending |= _push(config, run_dir)
     except DivergedError as error:
@@ -168,12 +168,13 @@ def _resume_point(config: TrainConfig, run_dir: Path) -> ResumePoint | None:
     return point
 
 
-def _how_to_go_on(run_dir: Path) -> str:
+def how_to_go_on(run_dir: Path) -> str:
     """What a run whose disk is full has to say."""
-    go_on = f"python -m powerflow_lit.train resume={run_dir}"
-    if (run_dir / "checkpoints" / LAST).exists():
-        return f"checkpoints/{LAST} stands as it was: free some space, then {go_on}"
-    return f"There is no checkpoint yet: free some space, then {go_on}"
+    if not (run_dir / "overrides.yaml").exists():
+        return "Nothing was begun: free some space, then run the same command again"
+    stands = (run_dir / "checkpoints" / LAST).exists()
+    found = f"checkpoints/{LAST} stands as it was" if stands else "There is no checkpoint yet"
+    return f"{found}: free some space, then python -m powerflow_lit.train resume={run_dir}"
 
 
 def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
@@ -183,7 +184,7 @@ def _write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
         DiskError: it cannot be written, and all else went well.
     """
     try:
-        with explained(lambda: _how_to_go_on(run_dir)):
+        with explained(lambda: how_to_go_on(run_dir)):
             run_folder.write_summary(run_dir, summary)
     except DiskError as error:
         if summary["status"] in ("finished", "diverged"):

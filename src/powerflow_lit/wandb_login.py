@@ -15,6 +15,17 @@ def wandb_mode(mode: str) -> str:
     return "offline" if mode == "dryrun" else mode
 
 
+def missing_login(mode: str) -> str | None:
+    """What to do where an online run is asked for and there is no login; None if all is well."""
+    if wandb_mode(mode) != "online" or has_wandb_login():
+        return None
+    asked = "logger.mode=online" if mode == "online" else "WANDB_MODE=online"
+    return (
+        f"{asked}, but W&B has no key or login here: export WANDB_API_KEY, run `wandb login`, or "
+        "take logger.mode=offline and upload later with `wandb sync`"
+    )
+
+
 def has_wandb_login() -> bool:
     """A key in WANDB_API_KEY, or a login for W&B's host in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):

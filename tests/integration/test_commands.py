@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.commands import command, environment
 
 CONTRACT_FILES = (
     "config.yaml", "overrides.yaml", "metrics.csv", "samples.jsonl", "summary.json",
@@ -32,14 +32,7 @@ CONTRACT_METRICS = {
 
 def train(folder: Path, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`python -m powerflow_lit.train ...` from `folder`, without any W&B login."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    result = subprocess.run(
-        [sys.executable, "-m", "powerflow_lit.train", *overrides],
-        cwd=folder,
-        env={**environment, "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-    )
+    result = command("powerflow_lit.train", overrides, folder=folder, env=environment(folder))
     if check:
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
@@ -86,10 +79,10 @@ def test_a_fast_run_leaves_the_whole_run_folder(tmp_path: Path, engine: str) -> 
     assert {"refill", "prompt", "response", "length", "log_p_base", "log_pf"} <= samples[0].keys()
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
 
+    an_export_opens_like_any_model_and_differs_from_the_base(run / "export")
 
-def test_an_export_opens_like_any_model_and_differs_from_the_base(tmp_path: Path) -> None:
-    train(tmp_path, "debug=fast", "rollout=hf", "logger=none")
-    export = only_run(tmp_path) / "export"
+
+def an_export_opens_like_any_model_and_differs_from_the_base(export: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(export)
     tokenizer = AutoTokenizer.from_pretrained(export)
     text = "Compute 1 + 2. Put the final answer in \\boxed{}.\nAnswer: \\boxed{3}"
@@ -102,17 +95,9 @@ def test_an_export_opens_like_any_model_and_differs_from_the_base(tmp_path: Path
         assert (model(ids).logits - base(ids).logits).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("overrides", "jobs"),
-    [
-        (("strategy=powerflow,tb_traj", "alpha=2,4"), 4),
-        (("epsilon=0.1,0.2",), 2),
-    ],
-)
-def test_a_multirun_runs_every_job_in_one_process(
-    tmp_path: Path, overrides: tuple[str, ...], jobs: int
-) -> None:
-    train(tmp_path, "-m", *overrides, "debug=fast")
+def test_a_multirun_runs_every_job_in_one_process(tmp_path: Path) -> None:
+    overrides, jobs = ("strategy=powerflow,tb_traj", "alpha=2,4", "epsilon=0.1"), 4
+    train(tmp_path, "-m", *overrides, "debug=fast", "callbacks.evaluation.max_prompts=16")
     runs = [path.parent for path in tmp_path.glob("multirun/**/summary.json")]
     summaries = [summary_of(run) for run in runs]
     assert len(runs) == jobs
@@ -146,7 +131,6 @@ def test_every_choice_trains(tmp_path: Path, choices: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("alpha=-1", ("alpha=-1", "positive")),
         ("+alpah=2", ("alpah", "did you mean alpha")),
         ("strategy.objective.weight.kind=seq", ("'seq'", "seq_sum")),
         ("model=hf model.path=./nowhere", ("./nowhere", "no such folder")),
@@ -164,7 +148,8 @@ def test_a_wrong_setting_is_refused_in_one_line(
 
 
 def test_an_off_policy_annealed_run_keeps_old_refills_and_weighs_them(tmp_path: Path) -> None:
-    off_policy = ("buffer.max_staleness=2", "buffer.updates_per_refill=4", "refills=3")
+    few = "callbacks.evaluation.max_prompts=16"
+    off_policy = ("buffer.max_staleness=2", "buffer.updates_per_refill=4", "refills=3", few)
     chosen = ("alpha_schedule=anneal", "log_z=group", "optimizer.lr=2e-3")
     train(tmp_path, "debug=fast", "rollout=hf", "logger=none", *off_policy, *chosen)
     rows = rows_of(only_run(tmp_path))
@@ -178,7 +163,8 @@ def test_an_off_policy_annealed_run_keeps_old_refills_and_weighs_them(tmp_path: 
 
 
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
-    train(tmp_path, "debug=fast", "rollout=hf", "logger=none", "run_dir=mine")
+    short = ("refills=1", "callbacks.evaluation.max_prompts=1")
+    train(tmp_path, "debug=fast", "rollout=hf", "logger=none", "run_dir=mine", *short)
     again = train(tmp_path, "debug=fast", "rollout=hf", "run_dir=mine", check=False)
     assert again.returncode == 2
     assert "already holds a run" in again.stderr

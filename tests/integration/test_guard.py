@@ -14,7 +14,10 @@ from powerflow_lit.models.embedded import folder_of
 from powerflow_lit.rollout.buffer import unpack
 from tests.integration.test_commands import rows_of, summary_of, train
 
-GUARDED = ("debug=fast", "guard=min_p", "task=creative", "logger=none", "run_dir=run")
+GUARDED = (
+    "debug=fast", "guard=min_p", "task=creative", "logger=none", "run_dir=run",
+    "callbacks.evaluation.max_prompts=16",
+)  # fmt: skip
 MIN_P = 0.05
 
 
