@@ -48,6 +48,16 @@ class OtherEngine(HfEngine):
         super().sync(sharper, policy_version)
 
 
+class CorruptingEngine(HfEngine):
+    """A bit of the policy's memory flips before the second sync: its weights hold a NaN then."""
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        if self.policy_version >= 0:
+            with torch.no_grad():
+                weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        super().sync(weights, policy_version)
+
+
 class PoisonedVllmEngine(VllmEngine):
     """NaN gets past the check of its weights once, before the third time that it generates.
 

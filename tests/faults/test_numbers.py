@@ -114,16 +114,33 @@ def test_rollouts_of_another_policy_end_the_run_before_any_update_of_theirs(
         assert all(part in summary["error"] for part in numbers)
 
 
-def test_weights_that_overflow_end_the_run_as_diverged(tmp_path: Path) -> None:
-    """An absurd rate makes a policy that no engine can sample from; its checkpoint is not kept."""
-    code, printed = ran(tmp_path, *HF, "optimizer.lr=1e36")
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_policy_that_overflows_ends_the_run_as_diverged(tmp_path: Path, engine: str) -> None:
+    """An absurd rate makes a policy of finite weights that no engine can sample from."""
+    code, printed = ran(tmp_path, *HF, f"rollout={engine}", "optimizer.lr=1e36")
+    assert "Traceback" not in printed
+    assert code not in (1, 2), printed
+    summary = summary_of(tmp_path)
+    assert (summary["status"], summary["engine_rebuilds"]) == ("diverged", 1)
+    assert "after update 2 the policy's weights are finite, but " in summary["stopped_by"]
+    assert f"from an engine {engine} built anew too" in summary["stopped_by"]
+    assert summary["refills"] == 1
+    assert checkpoint_of(tmp_path / "run") is None, "refill 1 ended in a skipped update"
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_weights_that_are_not_numbers_are_never_synced_and_end_the_run(tmp_path: Path) -> None:
+    engine = "rollout.engine._target_=tests.faults.faulty.CorruptingEngine"
+    code, printed = ran(tmp_path, *HF, engine)
     assert "Traceback" not in printed
     assert code not in (1, 2), printed
     summary = summary_of(tmp_path)
     assert summary["status"] == "diverged"
-    assert summary["refills"] == 1
-    assert checkpoint_of(tmp_path / "run") is None or is_finite(final_state(tmp_path / "run"))
-    assert not (tmp_path / "run" / "export").exists()
+    assert summary["stopped_by"].startswith(
+        "sync refused: model.layers.1.mlp.up_proj.weight holds NaN or infinity at 1 of 24576 places"
+    )
+    assert (summary["refills"], summary["engine_rebuilds"]) == (1, 0)
+    assert is_finite(final_state(tmp_path / "run")), "the checkpoint of refill 1"
 
 
 def test_a_poisoned_vllm_engine_is_built_anew_and_the_run_ends_as_if_nothing_had_been(
