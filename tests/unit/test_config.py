@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from powerflow_lit.config.fallback import with_available_engine
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import (
@@ -22,14 +23,8 @@ from powerflow_lit.config.checks import (
     train_config,
     typed,
 )
-from powerflow_lit.config.fallback import with_available_engine
-from powerflow_lit.config.schema import (
-    EvaluateConfig,
-    PrepareDataConfig,
-    PretrainConfig,
-    ReportConfig,
-    TrainConfig,
-)
+from powerflow_lit.config.schema import EvaluateConfig, TrainConfig
+from powerflow_lit.config.schema_tools import PrepareDataConfig, PretrainConfig, ReportConfig
 from powerflow_lit.evaluate import _of_run
 from powerflow_lit.run_folder import write_configs
 

@@ -12,32 +12,12 @@ from transformers import PretrainedConfig as PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
-from powerflow_lit.models.embedded import NAMES, folder_of
 from powerflow_lit.models.errors import ModelError as ModelError
+from powerflow_lit.models.folders import resolve_path as resolve_path
 from powerflow_lit.models.hub import hub_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
 CODE_REFUSED = ("custom code", "trust_remote_code")
-
-
-def resolve_path(path: str) -> str:
-    """The folder of an embedded model (`embedded:tiny`), or the folder or hub id as given.
-
-    Raises:
-        ModelError: no such folder, or one that is not in the hub's format.
-    """
-    if path.startswith("embedded:"):
-        try:
-            return str(folder_of(path.removeprefix("embedded:")))
-        except ValueError as error:
-            raise ModelError(f"model.path={path}: {error}") from error
-    folder = Path(path).expanduser()
-    if folder.exists():
-        _check_folder(path, folder)
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"model.path={path}: no such folder (embedded: {', '.join(NAMES)})")
-    return path
 
 
 def local_folder(path: str, *, revision: str | None = None, weights: bool = True) -> str:
@@ -160,22 +140,6 @@ def end_ids(
             raise ModelError(f"model.stop_tokens: {text!r} is no token of this tokenizer")
         ids.append(vocabulary[text])
     return tuple(dict.fromkeys(i for i in ids if i < len(tokenizer)))
-
-
-def _check_folder(path: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelError(f"model.path={path}: a file; give the folder that holds it")
-    if (folder / "config.json").exists():
-        return
-    if (folder / "export" / "config.json").exists():
-        raise ModelError(f"model.path={path}: a run folder; its model is model.path={path}/export")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"model.path={path}: an adapter without its model; give the merged folder (export/)"
-        )
-    raise ModelError(
-        f"model.path={path}: no config.json there, so it is no model folder of the hub's format"
-    )
 
 
 def _refusal(path: str, error: Exception) -> ModelError:
