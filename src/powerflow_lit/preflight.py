@@ -19,7 +19,8 @@ from powerflow_lit.config.rules import ConfigError, require
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.continuing import refuse_another_run
 from powerflow_lit.mendable import MendableError
-from powerflow_lit.models.folders import context_of, resolve_path
+from powerflow_lit.models.errors import no_chat_template, unknown_words
+from powerflow_lit.models.folders import context_of, has_chat_template, resolve_path
 
 if TYPE_CHECKING:
     from powerflow_lit.tasks.base import Task
@@ -42,13 +43,16 @@ def check_here(config: TrainConfig) -> None:
     Raises:
         ConfigError: vLLM is chosen and missing, the run folder is another run's or cannot be
             written to, prompt and response are longer than the model's context.
-        ModelError: a local model folder is not there, or is none.
+        ModelError: a local model folder is not there, or is none, or lacks a chat template where
+            one is asked for.
     """
     check_engine(config.rollout.engine)
     refuse_another_run(Path(config.run_dir), config.resume)
     check_writable("run_dir", config.run_dir)
     folder = Path(resolve_path(config.model.path))
     context = context_of(folder) if folder.is_dir() else None
+    if config.model.prompt_route == "chat" and folder.is_dir() and not has_chat_template(folder):
+        raise no_chat_template()
     rollout = config.rollout
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     require(
@@ -63,15 +67,14 @@ def light_parts(config: TrainConfig) -> Parts:
     """Builds what a wrong value shows in, and tries it; imports torch and the task's libraries.
 
     Raises:
-        ConfigError: the device is not there, or a `_target_` refuses its values.
-        ObjectiveError: the objective refuses its values, also those that it reads when called.
-        TaskError: the task's data cannot be used, or has too few prompts.
+        ConfigError: the device is not there, a `_target_` refuses its values (the objective also
+            those that it reads when it is called), or there are too few prompts for a refill.
+        TaskError: the task's data cannot be used.
+        ModelError: the model's tokenizer does not know the words of a prompt.
     """
     check_device(config)
-    objective = _built("strategy.objective", config.strategy.objective)
-    schedule = _built("alpha_schedule", config.alpha_schedule)
+    objective = _objective(config)
     _built("log_z", config.log_z)
-    _try(config, objective, schedule)
     task: Task = _built("task.build", config.task.build)
     train, evaluation = task.train_prompts(), task.eval_prompts()
     require(len(evaluation) > 0, f"task {config.task.name} has no evaluation prompts")
@@ -111,18 +114,17 @@ def _built(name: str, node: Mapping[str, Any]) -> Any:
         cause = error.__cause__
         if isinstance(cause, MendableError):
             raise cause from error
-        said = str(cause or error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{name}: {said[0]}") from error
+        raise ConfigError(f"{name}: {cause or error}") from error
 
 
-def _try(config: TrainConfig, objective: Any, schedule: Callable[[float, float], float]) -> None:
-    """Call the objective on two trajectories of two tokens, at the schedule's first and last alpha.
+def _objective(config: TrainConfig) -> Any:
+    """The strategy's objective, after it was called once at the schedule's first and last alpha.
 
-    Some values are read only then; without this, a run would stop at its first update.
+    It reads some of its values only then; a run would stop at its first update.
     """
     import torch
 
-    from powerflow_lit.objectives import LossInputs
+    from powerflow_lit.objectives import LossInputs, ObjectiveError
 
     log_prob, zeros = torch.full((2, 2), -1.0), torch.zeros(2)
     inputs = LossInputs(
@@ -136,11 +138,14 @@ def _try(config: TrainConfig, objective: Any, schedule: Callable[[float, float],
     )
     constants = config.strategy.calibrate
     numbers = {n: 1.0 if isinstance(v, str) else float(v) for n, v in constants.items()}
+    schedule = _built("alpha_schedule", config.alpha_schedule)
     try:
-        for progress in (0.0, 1.0):
+        objective = _built("strategy.objective", config.strategy.objective)
+        for progress in (0.0, 1.0):  # on two trajectories of two tokens
             objective(inputs, alpha=schedule(config.alpha, progress), **numbers)
-    except TypeError as error:
-        raise ConfigError(f"strategy={config.strategy.name} cannot be computed: {error}") from error
+    except (ObjectiveError, TypeError) as error:
+        raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
+    return objective
 
 
 def _check_prompts(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
@@ -154,13 +159,12 @@ def _check_prompts(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
         f"task {config.task.name} has {len(prompts)} training prompts, but "
         f"rollout.prompts_per_refill={needed} are needed at once",
     )
-    count = _token_counts(Path(resolve_path(config.model.path)) / "tokenizer.json")
-    if count is None:
+    encode = _encoder(Path(resolve_path(config.model.path)) / "tokenizer.json")
+    if encode is None:
         return
     usable = 0
     for start in range(0, len(prompts), ENCODED_AT_ONCE):
-        texts = [prompt.text for prompt in prompts[start : start + ENCODED_AT_ONCE]]
-        usable += sum(length <= limit for length in count(texts))
+        usable += sum(len(i) <= limit for i in encode(prompts[start : start + ENCODED_AT_ONCE]))
         if usable >= needed:
             return
     raise ConfigError(
@@ -170,8 +174,8 @@ def _check_prompts(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
     )
 
 
-def _token_counts(file: Path) -> Callable[[Sequence[str]], list[int]] | None:
-    """Counts the tokens of texts; None where the model has no such file here."""
+def _encoder(file: Path) -> Callable[[Sequence[Prompt]], list[list[int]]] | None:
+    """From prompts to the token ids of their text; None where the model has no such file here."""
     if not file.is_file():
         return None
     from tokenizers import Tokenizer
@@ -180,9 +184,14 @@ def _token_counts(file: Path) -> Callable[[Sequence[str]], list[int]] | None:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception:  # the library raises bare ones; loading it names what is wrong
         return None
+    unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
 
-    def count(texts: Sequence[str]) -> list[int]:
-        rows = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [len(row.ids) for row in rows]
+    def encode(prompts: Sequence[Prompt]) -> list[list[int]]:
+        texts = [prompt.text for prompt in prompts]
+        rows = [row.ids for row in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if unknown is not None and unknown in ids:
+                raise unknown_words(prompt)
+        return rows
 
-    return count
+    return encode

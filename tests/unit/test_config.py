@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from powerflow_lit.config.fallback import with_available_engine
+from omegaconf import DictConfig
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import (
@@ -205,19 +204,9 @@ def test_every_value_in_conf_is_explained() -> None:
             assert key in plain or explained, f"{path.name}: {key} is not explained"
 
 
-def test_without_vllm_the_portable_engine_takes_over_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("powerflow_lit.config.fallback.find_spec", lambda name: None)
-    config = train_config(with_available_engine(composed()))
-    assert config.rollout.engine["_target_"].endswith("HfEngine")
-    assert "vLLM is not installed" in capsys.readouterr().err
-    OmegaConf.create(config.rollout.engine)
-
-
 def test_configuration_loads_without_torch_or_vllm() -> None:
     code = (
-        "import sys, powerflow_lit.config.checks, powerflow_lit.config.fallback; "
+        "import sys, powerflow_lit.config.launching, powerflow_lit.config.engines; "
         "assert not {'torch', 'vllm', 'lightning', 'transformers'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -61,9 +61,9 @@ def train_config(cfg: DictConfig) -> TrainConfig:
     """
     _check_kind(cfg)
     config = typed(cfg, TrainConfig)
+    check_finetune(config.finetune)  # before the learning rate that it scales
     check_train_ranges(config)
     check_combinations(config)
-    check_finetune(config.finetune)
     check_monitor(config)
     return config
 

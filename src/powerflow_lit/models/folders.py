@@ -59,6 +59,17 @@ def context_of(folder: Path) -> int | None:
     return max(longest, int((scaling.get("original_max_position_embeddings") or longest) * factor))
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer's folder brings a chat template; yes where there is no telling."""
+    if any(folder.glob("*chat_template*")):
+        return True
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return True
+    return not isinstance(config, Mapping) or bool(config.get("chat_template"))
+
+
 def _check_folder(path: str, folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"model.path={path}: a file; give the folder that holds it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -92,8 +93,8 @@ def load_model(
     """Causal language model in `dtype`, in evaluation mode (no dropout, in training either).
 
     Raises:
-        ModelError: nothing loadable at `path`, it needs code of its own, or `attn_implementation`
-            would change its results.
+        ModelError: nothing loadable at `path`, it needs code of its own, its weights are pickled
+            with more than tensors, or `attn_implementation` would change its results.
     """
     hf_logging.disable_progress_bar()
     folder = local_folder(path, revision=revision)
@@ -108,7 +109,9 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError,
+    ) as error:  # fmt: skip
         raise _refusal(path, error) from error
     model.name_or_path = resolve_path(path)  # not the place of a downloaded copy
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -147,6 +150,11 @@ def _refusal(path: str, error: Exception) -> ModelError:
         return ModelError(
             f"model.path={path} brings Python code of its own: read it, then set "
             "model.trust_remote_code=true"
+        )
+    if isinstance(error, UnpicklingError):  # torch reads tensors alone (weights_only=True)
+        return ModelError(
+            f"model.path={path}: its *.bin holds more than tensors, or is cut off; unpickling the "
+            "rest could run code, so nothing of it was: take a copy with *.safetensors"
         )
     if isinstance(error, SafetensorError):
         return ModelError(
