@@ -93,9 +93,11 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path, place: str) 
         ({"n_positions": 1024}, None),
         ({"text_config": {"max_position_embeddings": 2048}}, 2048),
         ({"max_position_embeddings": 32768, "rope_scaling": {
-            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+        }}, 131072),
         ({"max_position_embeddings": 131072, "rope_scaling": {
-            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
+            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+        }}, 131072),
         ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}, 4096),
     ],
 )  # fmt: skip
