@@ -47,7 +47,8 @@ def announce(config: TrainConfig, run_dir: Path) -> None:
         mode = wandb_mode(config.logger.mode)
         why = "no key or login: " if config.logger.mode == "auto" else ""
         hint = f" ({why}upload later with `wandb sync {run_dir}/wandb/offline-run-*`)"
-        print(f"W&B {mode}{hint if mode == 'offline' else ''}", flush=True)
+        print(f"W&B {mode}{hint if mode == 'offline' else ''}")
+    sys.stdout.flush()  # also into a file: importing and loading take a while
     if warning := engine_warning(rollout.engine):
         print(warning, file=sys.stderr)
 
