@@ -9,6 +9,7 @@ import yaml
 
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
+from powerflow_lit.config.rules import ConfigError
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hidden
 from powerflow_lit.run_folder import read_summary
@@ -19,7 +20,7 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
     """`resume=<run folder>` brings along what was typed for that run, and its folder.
 
     Raises:
-        SystemExit: the folder is not a run's.
+        ConfigError: the folder is not a run's.
     """
     arguments = list(arguments)
     chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
@@ -27,9 +28,13 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
         return arguments
     typed = Path(chosen[-1]) / "overrides.yaml"
     if not typed.exists():
-        raise SystemExit(f"error: resume={chosen[-1]}: no run folder there (no overrides.yaml)")
+        raise ConfigError(f"resume={chosen[-1]}: no run folder there (no overrides.yaml)")
+    try:
+        saved = [str(argument) for argument in yaml.safe_load(typed.read_text())]
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"resume={chosen[-1]}: overrides.yaml there cannot be read") from error
     once = ("run_dir=", "resume=", "resume_force=")  # meant for that one start
-    before = [a for a in yaml.safe_load(typed.read_text()) if not a.startswith(once)]
+    before = [argument for argument in saved if not argument.startswith(once)]
     return [*before, f"run_dir={chosen[-1]}", *arguments]
 
 
@@ -47,3 +52,12 @@ def find_unfinished(config: TrainConfig) -> Path | None:
         and (read_summary(path.parent) or {}).get("status") not in ENDED
     ]
     return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def refuse_another_run(run_dir: Path, resume: str | None) -> None:
+    """Raises ConfigError where the folder holds a run and `resume` does not ask for it."""
+    if resume is None and (run_dir / "metrics.csv").exists():
+        raise ConfigError(
+            f"run_dir={run_dir} already holds a run: continue it with resume={run_dir}, "
+            "or choose another run_dir"
+        )

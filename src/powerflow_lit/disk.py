@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from powerflow_lit.mendable import MendableError
+
 # what a user can mend: full, over quota, over a limit of size, read-only, failing
 ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-class DiskError(RuntimeError):
+class DiskError(MendableError, RuntimeError):
     """The disk does not take a file; one line: which, why, what stands and how to go on."""
 
 

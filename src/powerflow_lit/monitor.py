@@ -15,13 +15,14 @@ from lightning.pytorch.loggers.logger import Logger
 
 from powerflow_lit.checkpoints import GOOD, PREVIOUS, link
 from powerflow_lit.health import RunWarning
+from powerflow_lit.mendable import MendableError
 from powerflow_lit.module import PowerFlowModule
 
 Action = Literal["warn", "stop", "pull"]
 Relative = Literal["factor", "difference"]
 
 
-class MonitorError(ValueError):
+class MonitorError(MendableError, ValueError):
     """A rule watches what the run never logs; the message names what is near."""
 
 

@@ -22,6 +22,7 @@ from powerflow_lit.checkpoints import GOOD, LAST, PREVIOUS
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
 from powerflow_lit.config.secrets import hidden
+from powerflow_lit.mendable import MendableError
 from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.precision import HALF
@@ -36,7 +37,7 @@ IDENTITY = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MendableError, ValueError):
     """A run cannot be continued; the message names the file and what is wrong with it."""
 
 

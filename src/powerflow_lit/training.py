@@ -26,9 +26,10 @@ from powerflow_lit.callbacks import Evaluation
 from powerflow_lit.checkpoint_io import StraightCheckpointIO
 from powerflow_lit.checkpoints import LAST
 from powerflow_lit.clock import PhaseClock
-from powerflow_lit.config.checks import ConfigError, as_dict
+from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hidden
+from powerflow_lit.continuing import refuse_another_run
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.disk import DiskError, explained
 from powerflow_lit.diverged import DivergedError
@@ -40,6 +41,7 @@ from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.precision import with_half_precision
+from powerflow_lit.preflight import Parts, light_parts
 from powerflow_lit.resume import (
     ResumePoint,
     changed_settings,
@@ -49,8 +51,13 @@ from powerflow_lit.resume import (
 )
 
 
-def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def run(
+    config: TrainConfig, run_dir: Path, overrides: Sequence[str], parts: Parts | None = None
+) -> dict[str, Any]:
     """One training run in its folder; returns what summary.json says.
+
+    Args:
+        parts: the strategy's objective and the task, where they are built already.
 
     Raises:
         ConfigError: the folder already holds a run and `resume` does not name it.
@@ -58,17 +65,20 @@ def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[st
         Stopped: a signal asked it to stop; it is saved.
     """
     with StopSignals(config.callbacks.stop_signals) as signals:
-        return _run(config, run_dir, overrides, signals)
+        # what can be wrong with strategy and task shows before a model loads
+        return _run(config, run_dir, overrides, parts or light_parts(config), signals)
 
 
 def _run(
-    config: TrainConfig, run_dir: Path, overrides: Sequence[str], signals: StopSignals
+    config: TrainConfig,
+    run_dir: Path,
+    overrides: Sequence[str],
+    parts: Parts,
+    signals: StopSignals,
 ) -> dict[str, Any]:
     clock = PhaseClock()
     point = _resume_point(config, run_dir)
-    # what can be wrong with strategy and task shows before a model loads
-    objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
-    task.train_prompts(), task.eval_prompts()
+    objective, task = parts.objective, parts.task
     if point is None:
         run_folder.write_configs(run_dir, as_dict(config), overrides)
     L.seed_everything(config.seed, verbose=False)
@@ -150,12 +160,8 @@ def _resume_point(config: TrainConfig, run_dir: Path) -> ResumePoint | None:
     Raises:
         ConfigError, CheckpointError: see `run`.
     """
+    refuse_another_run(run_dir, config.resume)
     if not config.resume:
-        if (run_dir / "metrics.csv").exists():
-            raise ConfigError(
-                f"run_dir={run_dir} already holds a run: continue it with resume={run_dir}, "
-                "or choose another run_dir"
-            )
         return None
     point = checkpoint_of(run_dir)
     if point is None:

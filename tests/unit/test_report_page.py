@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from powerflow_lit import report
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
-from powerflow_lit.config.schema import ReportConfig
+from powerflow_lit.config.schema_tools import ReportConfig
 from powerflow_lit.reporting.evaluations import pass_lines, read_evaluations
 from tests.run_folders import make_run, write_problems
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from powerflow_lit.diverged import DivergedError
+from powerflow_lit.mendable import MendableError
 from powerflow_lit.types import Completion, Sampling
 
 
-class EngineError(RuntimeError):
+class EngineError(MendableError, RuntimeError):
     """The engine cannot do what was asked; the message says what to change."""
 
 
