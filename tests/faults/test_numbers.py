@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from powerflow_lit.resume import checkpoint_of
-from tests.faults.runs import end_of, start
-from tests.integration.test_resume import final_state
+from tests.faults.runs import end_of, last_checkpoint, start
 from tests.tiny_models import make_scripted_model
 from tests.unit.test_degenerate import SCRIPTS
 
@@ -61,7 +60,7 @@ def test_a_nan_loss_once_is_skipped_and_counted_and_the_run_finishes(tmp_path: P
     summary = summary_of(tmp_path)
     assert (summary["status"], summary["skipped_steps"], summary["steps"]) == ("finished", 1, 8)
     assert [bool(loss) for loss in losses_of(tmp_path)] == [True] * 2 + [False] + [True] * 5
-    assert is_finite(final_state(tmp_path / "run"))
+    assert is_finite(last_checkpoint(tmp_path / "run")["state_dict"])
     assert (tmp_path / "run" / "export").exists()
 
 
@@ -80,8 +79,8 @@ def test_nan_losses_in_a_row_end_the_run_as_diverged_with_its_last_good_checkpoi
     assert not (tmp_path / "run" / "export").exists()
     point = checkpoint_of(tmp_path / "run")
     assert point is not None
-    assert point.progress == (2, 1), "updates and refills of the last good one"
-    assert is_finite(final_state(tmp_path / "run"))
+    assert (point.updates, point.refills) == (2, 1), "updates and refills of the last good one"
+    assert is_finite(last_checkpoint(tmp_path / "run")["state_dict"])
     # with a sound objective it goes on from there
     sound = "strategy.objective._target_=tests.faults.faulty.NanObjective"
     code, printed = ran(tmp_path, "resume=run", sound, "strategy.objective.last=0")
@@ -140,7 +139,7 @@ def test_weights_that_are_not_numbers_are_never_synced_and_end_the_run(tmp_path:
         "sync refused: model.layers.1.mlp.up_proj.weight holds NaN or infinity at 1 of 24576 places"
     )
     assert (summary["refills"], summary["engine_rebuilds"]) == (1, 0)
-    assert is_finite(final_state(tmp_path / "run")), "the checkpoint of refill 1"
+    assert is_finite(last_checkpoint(tmp_path / "run")["state_dict"]), "the checkpoint of refill 1"
 
 
 def test_a_poisoned_vllm_engine_is_built_anew_and_the_run_ends_as_if_nothing_had_been(
@@ -165,7 +164,8 @@ def test_a_poisoned_vllm_engine_is_built_anew_and_the_run_ends_as_if_nothing_had
     code, printed = ran(tmp_path / "well", *settings)
     assert code == 0, printed
     assert summary_of(tmp_path / "well")["engine_rebuilds"] == 0
-    expected, found = (final_state(tmp_path / name / "run") for name in ("well", "ill"))
+    runs = [tmp_path / name / "run" for name in ("well", "ill")]
+    expected, found = (last_checkpoint(run)["state_dict"] for run in runs)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
