@@ -66,7 +66,7 @@ def launch(
     except MendableError as error:
         refuse(str(error))
     except COMPOSITION as error:
-        if not plain or begun(error):
+        if not plain or begun(error) or isinstance(error, BrokenPipeError):
             raise
         refuse(explained(error, config_name, sys.argv[1:]))
 
