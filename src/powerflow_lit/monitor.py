@@ -14,13 +14,14 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 
+from powerflow_lit.mendable import MendableError
 from powerflow_lit.module import PowerFlowModule
 
 Action = Literal["warn", "stop", "pull"]
 Relative = Literal["factor", "difference"]
 
 
-class MonitorError(ValueError):
+class MonitorError(MendableError, ValueError):
     """A rule watches what the run never logs; the message names what is near."""
 
 

@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from powerflow_lit.mendable import MendableError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PROBE_TIMEOUT_S = 10.0  # a server that is up lists its models at once
 
 
-class JudgeError(RuntimeError):
+class JudgeError(MendableError, RuntimeError):
     """A judge or an embedder cannot work; one line that names what to mend."""
 
 

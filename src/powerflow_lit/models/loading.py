@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -12,32 +13,12 @@ from transformers import PretrainedConfig as PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as hf_logging
 
-from powerflow_lit.models.embedded import NAMES, folder_of
 from powerflow_lit.models.errors import ModelError as ModelError
+from powerflow_lit.models.folders import resolve_path as resolve_path
 from powerflow_lit.models.hub import hub_folder
 
 WEIGHTS = ("*.safetensors", "*.bin")
 CODE_REFUSED = ("custom code", "trust_remote_code")
-
-
-def resolve_path(path: str) -> str:
-    """The folder of an embedded model (`embedded:tiny`), or the folder or hub id as given.
-
-    Raises:
-        ModelError: no such folder, or one that is not in the hub's format.
-    """
-    if path.startswith("embedded:"):
-        try:
-            return str(folder_of(path.removeprefix("embedded:")))
-        except ValueError as error:
-            raise ModelError(f"model.path={path}: {error}") from error
-    folder = Path(path).expanduser()
-    if folder.exists():
-        _check_folder(path, folder)
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"model.path={path}: no such folder (embedded: {', '.join(NAMES)})")
-    return path
 
 
 def local_folder(path: str, *, revision: str | None = None, weights: bool = True) -> str:
@@ -112,8 +93,8 @@ def load_model(
     """Causal language model in `dtype`, in evaluation mode (no dropout, in training either).
 
     Raises:
-        ModelError: nothing loadable at `path`, it needs code of its own, or `attn_implementation`
-            would change its results.
+        ModelError: nothing loadable at `path`, it needs code of its own, its weights are pickled
+            with more than tensors, or `attn_implementation` would change its results.
     """
     hf_logging.disable_progress_bar()
     folder = local_folder(path, revision=revision)
@@ -128,7 +109,9 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError,
+    ) as error:  # fmt: skip
         raise _refusal(path, error) from error
     model.name_or_path = resolve_path(path)  # not the place of a downloaded copy
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -162,27 +145,16 @@ def end_ids(
     return tuple(dict.fromkeys(i for i in ids if i < len(tokenizer)))
 
 
-def _check_folder(path: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelError(f"model.path={path}: a file; give the folder that holds it")
-    if (folder / "config.json").exists():
-        return
-    if (folder / "export" / "config.json").exists():
-        raise ModelError(f"model.path={path}: a run folder; its model is model.path={path}/export")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"model.path={path}: an adapter without its model; give the merged folder (export/)"
-        )
-    raise ModelError(
-        f"model.path={path}: no config.json there, so it is no model folder of the hub's format"
-    )
-
-
 def _refusal(path: str, error: Exception) -> ModelError:
     if any(words in str(error) for words in CODE_REFUSED):
         return ModelError(
             f"model.path={path} brings Python code of its own: read it, then set "
             "model.trust_remote_code=true"
+        )
+    if isinstance(error, UnpicklingError):  # torch reads tensors alone (weights_only=True)
+        return ModelError(
+            f"model.path={path}: its *.bin holds more than tensors, or is cut off; unpickling the "
+            "rest could run code, so nothing of it was: take a copy with *.safetensors"
         )
     if isinstance(error, SafetensorError):
         return ModelError(

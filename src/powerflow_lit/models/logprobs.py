@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from powerflow_lit.models.errors import ModelError
 from powerflow_lit.models.guard import allowed_tokens, log_prob_over
 from powerflow_lit.models.linear_log_prob import (
     LogitShape,
@@ -18,7 +19,6 @@ from powerflow_lit.models.linear_log_prob import (
     linear_log_prob,
     row_chunks,
 )
-from powerflow_lit.models.loading import ModelError
 from powerflow_lit.types import AllowedTokens, TokenBatch
 
 Pool = Literal["mean", "last"]

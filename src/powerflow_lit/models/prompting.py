@@ -9,7 +9,7 @@ from rich import get_console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from powerflow_lit.models.errors import ModelError
+from powerflow_lit.models.errors import no_chat_template, unknown_words
 from powerflow_lit.types import Prompt
 
 Route = Literal["auto", "plain", "chat"]
@@ -28,7 +28,7 @@ def taken_route(tokenizer: Tokenizer, route: Route) -> Literal["plain", "chat"]:
     if route == "auto":
         return "chat" if tokenizer.chat_template else "plain"
     if route == "chat" and not tokenizer.chat_template:
-        raise ModelError("this tokenizer has no chat template: set model.prompt_route=plain")
+        raise no_chat_template()
     return route
 
 
@@ -77,11 +77,7 @@ def encode_prompts(
         rows = tokenizer(texts, add_special_tokens=special)["input_ids"]
         for prompt, ids in zip(some, rows, strict=True):
             if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-                raise ModelError(
-                    f"the model's tokenizer does not know the words of prompt {prompt.id} "
-                    f"({prompt.text!r}): choose the model that goes with the task "
-                    "(task=arithmetic: model=tiny, task=creative: model=tiny_instruct)"
-                )
+                raise unknown_words(prompt)
             encoded[prompt.id] = tuple(ids)
     return encoded
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from powerflow_lit.mendable import MendableError
 
-class ObjectiveError(ValueError):
+
+class ObjectiveError(MendableError, ValueError):
     """An objective was given values outside its domain; the message names value and remedy."""
 
 

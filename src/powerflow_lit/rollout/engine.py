@@ -9,10 +9,11 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from powerflow_lit.mendable import MendableError
 from powerflow_lit.types import Completion, Sampling
 
 
-class EngineError(RuntimeError):
+class EngineError(MendableError, RuntimeError):
     """The engine cannot do what was asked; the message says what to change."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from powerflow_lit.mendable import MendableError
 from powerflow_lit.metrics import at_k, text
 from powerflow_lit.types import Prompt
 
@@ -16,7 +17,7 @@ from powerflow_lit.types import Prompt
 COMPARING = {"diversity_lexical", "diversity_semantic", "vendi", "self_bleu"}
 
 
-class TaskError(ValueError):
+class TaskError(MendableError, ValueError):
     """A task's data cannot be used; the message names the file or column and the remedy."""
 
 

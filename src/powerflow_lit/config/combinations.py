@@ -1,0 +1,83 @@
+"""Values that are right by themselves and contradict each other."""
+
+from __future__ import annotations
+
+from powerflow_lit.config.rules import one_of, require
+from powerflow_lit.config.schema import TrainConfig
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """What strategy, log Z, alpha and the sizes of a refill ask of each other."""
+    _check_updates(config)
+    is_rl = _is_rl(config)
+    require(
+        not is_rl or config.alpha > 1,
+        f"alpha={config.alpha} with strategy={config.strategy.name}: beta = 1/(alpha-1) must be "
+        "positive, so alpha > 1; for alpha < 1 take a balance strategy",
+    )
+    start = config.alpha_schedule.get("start", config.alpha)
+    require(
+        not is_rl or start > 1,
+        f"alpha_schedule.start={start} with strategy={config.strategy.name}: needs alpha > 1 from "
+        "the start",
+    )
+    log_z = str(config.log_z.get("_target_", "")).rpartition(".")[2]
+    needs_group = is_rl or log_z in ("GroupLogZ", "GroupLooLogZ")
+    require(
+        not needs_group or config.rollout.samples_per_prompt > 1,
+        f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with a baseline from the "
+        "prompt's group: needs 2 or more (or log_z=head)",
+    )
+
+
+def check_monitor(config: TrainConfig) -> None:
+    """The monitor's rules, each by itself and with the strategy."""
+    monitor = config.monitor
+    require(
+        0 < monitor.pull_factor < 1,
+        f"monitor.pull_factor={monitor.pull_factor}: must lie in (0, 1), e.g. 0.5",
+    )
+    require(
+        0 < monitor.pull_recovery <= 1,
+        f"monitor.pull_recovery={monitor.pull_recovery}: must lie in (0, 1], e.g. 0.1",
+    )
+    is_rl = _is_rl(config)
+    for name, rule in monitor.rules.items():
+        key = f"monitor.rules.{name}"
+        one_of(f"{key}.action", rule.action, ("warn", "stop", "pull"))
+        if rule.relative is not None:
+            one_of(f"{key}.relative", rule.relative, ("factor", "difference"))
+        require(rule.patience >= 1, f"{key}.patience={rule.patience}: must be 1 or more")
+        require(
+            rule.above is not None or rule.below is not None,
+            f"{key}: has no bound, so it can never be broken: set above or below",
+        )
+        require(
+            rule.above is None or rule.below is None or rule.below < rule.above,
+            f"{key}: below={rule.below} and above={rule.above} leave no value unbroken",
+        )
+        require(
+            not (is_rl and rule.action == "pull"),
+            f"{key}.action=pull with strategy={config.strategy.name}: beta = 1/(alpha-1) grows "
+            "without bound as alpha nears 1; take action=stop or a balance strategy",
+        )
+
+
+def _check_updates(config: TrainConfig) -> None:
+    prompts, buffer = config.rollout.prompts_per_refill, config.buffer
+    updates, per_update = buffer.updates_per_refill, buffer.prompts_per_update
+    require(
+        per_update is not None or prompts % updates == 0,
+        f"rollout.prompts_per_refill={prompts} is not divisible by "
+        f"buffer.updates_per_refill={updates}: an update holds whole prompt groups",
+    )
+    held = prompts * (buffer.max_staleness + 1)
+    require(
+        per_update is None or per_update <= held,
+        f"buffer.prompts_per_update={per_update}: the buffer holds {held} prompt groups at most "
+        f"(rollout.prompts_per_refill={prompts}, buffer.max_staleness={buffer.max_staleness})",
+    )
+
+
+def _is_rl(config: TrainConfig) -> bool:
+    return str(config.strategy.objective.get("_target_", "")).endswith("PolicyGradientObjective")
