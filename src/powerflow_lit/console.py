@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from powerflow_lit.callbacks import Evaluation, StepMetrics
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.terminal import wide_console as wide_console
 
 # columns of a refill's line: (label, metric, format)
 LINE = (
@@ -117,11 +117,6 @@ def quiet() -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=f".*{message}")
-
-
-def wide_console() -> Console:
-    """The terminal as it is, or wide lines where output goes to a file."""
-    return Console() if Console().is_terminal else Console(width=140)
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:

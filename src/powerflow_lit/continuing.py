@@ -9,6 +9,7 @@ import yaml
 
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
+from powerflow_lit.config.rules import ConfigError
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.run_folder import read_summary
 from powerflow_lit.sweep import ENDED
@@ -18,7 +19,7 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
     """`resume=<run folder>` brings along what was typed for that run, and its folder.
 
     Raises:
-        SystemExit: the folder is not a run's.
+        ConfigError: the folder is not a run's.
     """
     arguments = list(arguments)
     chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
@@ -26,8 +27,12 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
         return arguments
     typed = Path(chosen[-1]) / "overrides.yaml"
     if not typed.exists():
-        raise SystemExit(f"error: resume={chosen[-1]}: no run folder there (no overrides.yaml)")
-    before = [a for a in yaml.safe_load(typed.read_text()) if not a.startswith("run_dir=")]
+        raise ConfigError(f"resume={chosen[-1]}: no run folder there (no overrides.yaml)")
+    try:
+        saved = [str(argument) for argument in yaml.safe_load(typed.read_text())]
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"resume={chosen[-1]}: overrides.yaml there cannot be read") from error
+    before = [argument for argument in saved if not argument.startswith("run_dir=")]
     return [*before, f"run_dir={chosen[-1]}", *arguments]
 
 
@@ -45,3 +50,12 @@ def find_unfinished(config: TrainConfig) -> Path | None:
         and (read_summary(path.parent) or {}).get("status") not in ENDED
     ]
     return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def refuse_another_run(run_dir: Path, resume: str | None) -> None:
+    """Raises ConfigError where the folder holds a run and `resume` does not ask for it."""
+    if resume is None and (run_dir / "metrics.csv").exists():
+        raise ConfigError(
+            f"run_dir={run_dir} already holds a run: continue it with resume={run_dir}, "
+            "or choose another run_dir"
+        )

@@ -12,7 +12,6 @@ inside each run set, which only the server knows; a dry run names the project wi
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,9 @@ from omegaconf import DictConfig
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
-from powerflow_lit.config.schema import DashboardConfig
+from powerflow_lit.config.launching import launch
+from powerflow_lit.config.schema_tools import DashboardConfig
+from powerflow_lit.errors import in_one_line
 from powerflow_lit.reporting.grouping import COLOURS
 from powerflow_lit.wandb_login import has_wandb_login
 
@@ -223,16 +224,13 @@ def check(config: DashboardConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="dashboard")
 def _main(cfg: DictConfig) -> None:
-    try:
+    with in_one_line():
         config = typed(cfg, DashboardConfig)
         check(config)
         if not config.dry_run:
             print(*save(config), sep="\n")
             return
         text = json.dumps(specification(config), indent=2)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if config.output is None:
         print(text)
         return
@@ -243,7 +241,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `powerflow-dashboard`."""
-    _main()
+    launch(_main, "dashboard")
 
 
 if __name__ == "__main__":

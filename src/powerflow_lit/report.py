@@ -11,29 +11,21 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
-from powerflow_lit.config.schema import ReportConfig
-from powerflow_lit.reporting.grouping import COLOURS
-from powerflow_lit.reporting.runs import read_runs
-from powerflow_lit.reporting.study import study_of
-from powerflow_lit.reporting.write import write
-
-__all__ = ["COLOURS", "main", "read_runs"]
+from powerflow_lit.config.launching import launch, typed_overrides
+from powerflow_lit.config.schema_tools import ReportConfig
+from powerflow_lit.errors import in_one_line
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="report")
 def _main(cfg: DictConfig) -> None:
-    typed_in = list(HydraConfig.get().overrides.task)
-    try:
+    typed_in = typed_overrides()
+    with in_one_line():
         config = typed(cfg, ReportConfig)
         sys.exit(run(config, shlex.join(["python", "-m", "powerflow_lit.report", *typed_in])))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(config: ReportConfig, command: str) -> int:
@@ -42,6 +34,9 @@ def run(config: ReportConfig, command: str) -> int:
     Raises:
         ConfigError: a setting that cannot work.
     """
+    from powerflow_lit.reporting.study import study_of  # draws, and so is heavy
+    from powerflow_lit.reporting.write import write
+
     study = study_of(config)
     output = Path(config.output)
     try:
@@ -58,7 +53,7 @@ def run(config: ReportConfig, command: str) -> int:
 
 def main() -> None:
     """Console script `powerflow-report`."""
-    _main()
+    launch(_main, "report")
 
 
 if __name__ == "__main__":

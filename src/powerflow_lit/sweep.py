@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from powerflow_lit.config.launching import COMPOSITION, explained, refuse
 from powerflow_lit.run_folder import write_whole
 
 State = Literal["new", "unfinished", "failed", "finished", "diverged"]
@@ -51,7 +52,11 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if not all_jobs_known(config.hydra):
             return
-        self.jobs = jobs = planned_jobs(config)
+        try:
+            self.jobs = jobs = planned_jobs(config)
+        except COMPOSITION as error:
+            # Hydra would warn of it, make the sweep's folder and then come upon it again
+            refuse(explained(error, "train", sys.argv[1:]))
         _write_manifest(Path(config.hydra.sweep.dir), str(config.study), jobs)
         states = [job_state(job.folder) for job in jobs]
         todo = {state: states.count(state) for state in ("new", "unfinished", "failed")}

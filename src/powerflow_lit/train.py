@@ -18,17 +18,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+# nothing heavy here: a wrong setting is refused before lightning or transformers is imported
 from powerflow_lit import run_folder
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
-from powerflow_lit.config.fallback import with_available_engine
+from powerflow_lit.config.engines import engine_warning
+from powerflow_lit.config.launching import launch, typed_overrides
 from powerflow_lit.config.schema import TrainConfig
-from powerflow_lit.console import final_table, phase_line, quiet, wide_console
 from powerflow_lit.continuing import expand_resume, find_unfinished
-from powerflow_lit.errors import USER_ERRORS, root_cause
-from powerflow_lit.memory_check import check_memory
+from powerflow_lit.errors import DIVERGED, USER_ERRORS, in_one_line, line_of
+from powerflow_lit.preflight import check_here, light_parts
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
-from powerflow_lit.training import run
+from powerflow_lit.terminal import note_while
 from powerflow_lit.wandb_login import wandb_mode
 
 
@@ -47,6 +48,9 @@ def announce(config: TrainConfig, run_dir: Path) -> None:
         why = "no key or login: " if config.logger.mode == "auto" else ""
         hint = f" ({why}upload later with `wandb sync {run_dir}/wandb/offline-run-*`)"
         print(f"W&B {mode}{hint if mode == 'offline' else ''}")
+    sys.stdout.flush()  # also into a file: importing and loading take a while
+    if warning := engine_warning(rollout.engine):
+        print(warning, file=sys.stderr)
 
 
 def _job_folder(run_dir: str, output_dir: str, overrides: Sequence[str]) -> str:
@@ -58,7 +62,7 @@ def _job_folder(run_dir: str, output_dir: str, overrides: Sequence[str]) -> str:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
 def _main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
+    overrides = typed_overrides()
     if hydra_config.mode == RunMode.MULTIRUN:
         folder = Path(_job_folder(cfg.run_dir, hydra_config.runtime.output_dir, overrides))
         try:
@@ -69,14 +73,14 @@ def _main(cfg: DictConfig) -> float | None:
             if not all_jobs_known(hydra_config):
                 raise
             return None
-    try:
-        config = train_config(with_available_engine(cfg))
+    with in_one_line():
+        config = train_config(cfg)
         if config.resume == "auto":
             config.run_dir = str(find_unfinished(config) or config.run_dir)
-        return _headline(_announced_run(config, overrides))
-    except USER_ERRORS as error:
-        print(f"error: {root_cause(error)}", file=sys.stderr)
-        sys.exit(2)
+        summary = _announced_run(config, overrides)
+    if summary.get("status") == "diverged":
+        sys.exit(DIVERGED)
+    return _headline(summary)
 
 
 def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | None:
@@ -91,33 +95,41 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
         print(f"skipped: {folder} {state} before (commit {commit}); delete it to run it again")
         return _headline(summary)
     try:
-        config = train_config(with_available_engine(cfg))
+        config = train_config(cfg)
         config.run_dir = str(folder)
         config.resume = str(folder) if state in ("unfinished", "failed") else None
         return _headline(_announced_run(config, overrides))
     except Exception as error:
         if not isinstance(error, USER_ERRORS):
             traceback.print_exc()
-        print(f"error: {root_cause(error)}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         if job_state(folder) in ENDED:  # it went wrong after the run itself
             raise
         folder.mkdir(parents=True, exist_ok=True)
         summary = run_folder.read_summary(folder) or {}
-        failure = {**summary, "status": "failed", "error": str(root_cause(error))}
+        failure = {**summary, "status": "failed", "error": line_of(error)}
         run_folder.write_summary(folder, failure)
         raise
 
 
 def _announced_run(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """The run, with what a person wants to know before and after it."""
-    run_dir = Path(config.run_dir)
+    run_dir, estimate_only = Path(config.run_dir), config.model.estimate_only
+    if not estimate_only:
+        with note_while("checking the configuration"):
+            check_here(config)
+            parts = light_parts(config)
+        announce(config, run_dir)
+    with note_while("importing lightning and transformers"):
+        from powerflow_lit.console import final_table, phase_line, quiet, wide_console
+        from powerflow_lit.memory_check import check_memory
+        from powerflow_lit.training import run
+
     quiet()
-    if config.model.estimate_only:
-        check_memory(config)
-        return {}
-    announce(config, run_dir)
     check_memory(config)
-    summary = run(config, run_dir, overrides)
+    if estimate_only:
+        return {}
+    summary = run(config, run_dir, overrides, parts)
     wide_console().print(
         final_table(summary), phase_line(summary), f"run folder: {run_dir}", sep="\n"
     )
@@ -131,8 +143,7 @@ def _headline(summary: Mapping[str, Any]) -> float | None:
 
 def main() -> None:
     """Console script `powerflow-train`."""
-    sys.argv[1:] = expand_resume(sys.argv[1:])
-    _main()
+    launch(_main, "train", arguments=expand_resume)
 
 
 if __name__ == "__main__":

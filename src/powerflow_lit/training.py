@@ -20,35 +20,38 @@ from powerflow_lit.assembly import (
 )
 from powerflow_lit.callbacks import Evaluation
 from powerflow_lit.clock import PhaseClock
-from powerflow_lit.config.checks import ConfigError, as_dict
+from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.continuing import refuse_another_run
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.export import data_notes, export, model_card, push
 from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.precision import with_half_precision
+from powerflow_lit.preflight import Parts, light_parts
 from powerflow_lit.resume import checkpoint_of
 
 
-def run(config: TrainConfig, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def run(
+    config: TrainConfig, run_dir: Path, overrides: Sequence[str], parts: Parts | None = None
+) -> dict[str, Any]:
     """One training run in its folder; returns what summary.json says.
+
+    Args:
+        parts: the strategy's objective and the task, where they are built already.
 
     Raises:
         ConfigError: the folder already holds a run and `resume` does not name it.
     """
     clock = PhaseClock()
+    refuse_another_run(run_dir, config.resume)
     checkpoint = checkpoint_of(run_dir) if config.resume else None
-    if checkpoint is None and (run_dir / "metrics.csv").exists() and not config.resume:
-        raise ConfigError(
-            f"run_dir={run_dir} already holds a run: continue it with resume={run_dir}, "
-            "or choose another run_dir"
-        )
+    # what can be wrong with strategy and task shows before a model loads
+    parts = parts or light_parts(config)
     run_folder.write_configs(run_dir, as_dict(config), overrides)
     L.seed_everything(config.seed, verbose=False)
-    # what can be wrong with strategy and task shows before a model loads
-    objective, task = instantiate(config.strategy.objective), instantiate(config.task.build)
-    task.train_prompts(), task.eval_prompts()
+    objective, task = parts.objective, parts.task
     print(*task.notes, sep="\n", end="\n" if task.notes else "")
     policy, tokenizer = build_policy(config)
     module = build_module(config, policy, objective)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from powerflow_lit.config.checks import ConfigError
-from powerflow_lit.config.schema import ReportConfig
+from powerflow_lit.config.schema_tools import ReportConfig
 from powerflow_lit.reporting.evaluations import Evaluated, read_evaluations
 from powerflow_lit.reporting.grouping import (
     Group,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from powerflow_lit.config.schema import VerdictConfig
+from powerflow_lit.config.schema_tools import VerdictConfig
 from powerflow_lit.reporting.runs import Run
 
 Tone = Literal["good", "bad", "open"]

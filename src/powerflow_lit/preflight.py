@@ -1,0 +1,197 @@
+"""What can be wrong with a run on this machine, found in seconds.
+
+Neither lightning nor transformers is imported, no model is loaded and no engine is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from powerflow_lit.config.engines import check_engine
+from powerflow_lit.config.places import check_writable
+from powerflow_lit.config.rules import ConfigError, require
+from powerflow_lit.config.schema import TrainConfig
+from powerflow_lit.continuing import refuse_another_run
+from powerflow_lit.mendable import MendableError
+from powerflow_lit.models.errors import no_chat_template, unknown_words
+from powerflow_lit.models.folders import context_of, has_chat_template, resolve_path
+
+if TYPE_CHECKING:
+    from powerflow_lit.tasks.base import Task
+    from powerflow_lit.types import Prompt
+
+ENCODED_AT_ONCE = 1024  # prompts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is built from and costs nothing to build."""
+
+    objective: Any  # of the strategy
+    task: Task  # its prompts are read
+
+
+def check_here(config: TrainConfig) -> None:
+    """The engine, the run folder and the model's folder; imports nothing heavy.
+
+    Raises:
+        ConfigError: vLLM is chosen and missing, the run folder is another run's or cannot be
+            written to, prompt and response are longer than the model's context.
+        ModelError: a local model folder is not there, or is none, or lacks a chat template where
+            one is asked for.
+    """
+    check_engine(config.rollout.engine)
+    refuse_another_run(Path(config.run_dir), config.resume)
+    check_writable("run_dir", config.run_dir)
+    folder = Path(resolve_path(config.model.path))
+    context = context_of(folder) if folder.is_dir() else None
+    if config.model.prompt_route == "chat" and folder.is_dir() and not has_chat_template(folder):
+        raise no_chat_template()
+    rollout = config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    require(
+        context is None or longest <= context,
+        f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and "
+        f"rollout.max_new_tokens={rollout.max_new_tokens} take {longest} tokens together, the "
+        f"context of {config.model.path} is {context}: lower one of them",
+    )
+
+
+def light_parts(config: TrainConfig) -> Parts:
+    """Builds what a wrong value shows in, and tries it; imports torch and the task's libraries.
+
+    Raises:
+        ConfigError: the device is not there, a `_target_` refuses its values (the objective also
+            those that it reads when it is called), or there are too few prompts for a refill.
+        TaskError: the task's data cannot be used.
+        ModelError: the model's tokenizer does not know the words of a prompt.
+    """
+    check_device(config)
+    objective = _objective(config)
+    _built("log_z", config.log_z)
+    task: Task = _built("task.build", config.task.build)
+    train, evaluation = task.train_prompts(), task.eval_prompts()
+    require(len(evaluation) > 0, f"task {config.task.name} has no evaluation prompts")
+    _check_prompts(config, train)
+    return Parts(objective, task)
+
+
+def check_device(config: TrainConfig) -> None:
+    """Raises ConfigError where the trainer's device is not there, or not so often."""
+    import torch
+
+    accelerator, devices = config.trainer.get("accelerator"), config.trainer.get("devices")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        if accelerator == "gpu" and torch.backends.mps.is_available():
+            return  # Lightning takes Apple's for one too
+        built = torch.version.cuda or getattr(torch.version, "hip", None)
+        why = "torch sees no GPU here" if built else "this torch is built for the CPU"
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}: {why}: take trainer=cpu (powerflow-doctor says "
+            "what is installed)"
+        )
+    if accelerator == "mps":
+        require(
+            torch.backends.mps.is_available(),
+            "trainer.accelerator=mps: torch sees no such device here: take trainer=cpu",
+        )
+    if accelerator in ("gpu", "cuda") and isinstance(devices, int):
+        here = torch.cuda.device_count()
+        require(devices <= here, f"trainer.devices={devices}: torch sees {here} here")
+
+
+def _built(name: str, node: Mapping[str, Any]) -> Any:
+    """What a `_target_` node describes; its own refusal is passed on, any other names the node."""
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, MendableError):
+            raise cause from error
+        raise ConfigError(f"{name}: {cause or error}") from error
+
+
+def _objective(config: TrainConfig) -> Any:
+    """The strategy's objective, after it was called once at the schedule's first and last alpha.
+
+    It reads some of its values only then; a run would stop at its first update.
+    """
+    import torch
+
+    from powerflow_lit.objectives import LossInputs, ObjectiveError
+
+    log_prob, zeros = torch.full((2, 2), -1.0), torch.zeros(2)
+    inputs = LossInputs(
+        log_pf=log_prob,
+        log_p_base=log_prob,
+        log_p_old=log_prob,
+        mask=torch.ones(2, 2, dtype=torch.bool),
+        log_z=zeros,
+        format_penalty=zeros,
+        prompt_index=torch.zeros(2, dtype=torch.long),
+    )
+    constants = config.strategy.calibrate
+    numbers = {n: 1.0 if isinstance(v, str) else float(v) for n, v in constants.items()}
+    schedule = _built("alpha_schedule", config.alpha_schedule)
+    try:
+        objective = _built("strategy.objective", config.strategy.objective)
+        for progress in (0.0, 1.0):  # on two trajectories of two tokens
+            objective(inputs, alpha=schedule(config.alpha, progress), **numbers)
+    except (ObjectiveError, TypeError) as error:
+        raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
+    return objective
+
+
+def _check_prompts(config: TrainConfig, prompts: Sequence[Prompt]) -> None:
+    """Enough training prompts, and enough within the token limit as far as can be told here.
+
+    A prompt's text alone has no more tokens than the prompt as the model will read it.
+    """
+    needed, limit = config.rollout.prompts_per_refill, config.rollout.max_prompt_tokens
+    require(
+        len(prompts) >= needed,
+        f"task {config.task.name} has {len(prompts)} training prompts, but "
+        f"rollout.prompts_per_refill={needed} are needed at once",
+    )
+    encode = _encoder(Path(resolve_path(config.model.path)) / "tokenizer.json")
+    if encode is None:
+        return
+    usable = 0
+    for start in range(0, len(prompts), ENCODED_AT_ONCE):
+        usable += sum(len(i) <= limit for i in encode(prompts[start : start + ENCODED_AT_ONCE]))
+        if usable >= needed:
+            return
+    raise ConfigError(
+        f"rollout.max_prompt_tokens={limit}: {usable} of {len(prompts)} training prompts are that "
+        f"short, but rollout.prompts_per_refill={needed} are needed at once: raise the one or "
+        "lower the other"
+    )
+
+
+def _encoder(file: Path) -> Callable[[Sequence[Prompt]], list[list[int]]] | None:
+    """From prompts to the token ids of their text; None where the model has no such file here."""
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # the library raises bare ones; loading it names what is wrong
+        return None
+    unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+
+    def encode(prompts: Sequence[Prompt]) -> list[list[int]]:
+        texts = [prompt.text for prompt in prompts]
+        rows = [row.ids for row in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if unknown is not None and unknown in ids:
+                raise unknown_words(prompt)
+        return rows
+
+    return encode
