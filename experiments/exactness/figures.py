@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from PIL import Image
 
-from powerflow_lit.report import COLOURS
+from powerflow_lit.reporting.grouping import COLOURS
 
 Row = Mapping[str, Any]
 SAMPLED = "samples"

@@ -21,8 +21,8 @@ from hydra import compose, initialize_config_dir
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config, typed
-from powerflow_lit.config.schema import PrepareDataConfig
-from powerflow_lit.prepare_data import prepare
+from powerflow_lit.config.schema_tools import PrepareDataConfig
+from powerflow_lit.data_preparation import prepare
 from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.creative_writing import CreativeWriting
 from powerflow_lit.tasks.sources import Source, read_questions

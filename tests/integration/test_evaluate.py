@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from powerflow_lit.benchmarking import run
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, evaluate_config, typed
 from powerflow_lit.config.schema import EvaluateConfig
-from powerflow_lit.evaluate import run
 from powerflow_lit.metrics import at_k
 from powerflow_lit.models.loading import ModelError
 from powerflow_lit.tasks.base import TaskError

@@ -38,6 +38,14 @@ def test_a_rule_stops_the_run_as_diverged_and_leaves_a_checkpoint_that_resumes(
     assert [int(r["step"]) for r in rows_of(runs[0])] == list(range(7))
 
 
+def test_a_single_run_that_diverged_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    ends = f"+monitor.rules.ends={{{ALWAYS_BROKEN}, patience: 1, action: stop}}"
+    ran = train(tmp_path, *FAST, "refills=2", "run_dir=run", ends, check=False)
+    assert ran.returncode == 4
+    assert summary_of(tmp_path / "run")["status"] == "diverged"
+    assert "diverged after 1 refills" in ran.stdout, "after all has been said"
+
+
 def test_a_pulled_run_lowers_alpha_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     pull = f"+monitor.rules.pull={{{ALWAYS_BROKEN}, patience: 2, action: pull}}"
     settings = (*FAST, "refills=4", "alpha=4", pull)

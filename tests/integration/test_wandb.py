@@ -10,7 +10,7 @@ import wandb
 
 from powerflow_lit.assembly import build_wandb, wandb_tags
 from powerflow_lit.config.checks import train_config, typed
-from powerflow_lit.config.schema import DashboardConfig
+from powerflow_lit.config.schema_tools import DashboardConfig
 from powerflow_lit.dashboard import specification
 from tests.integration.test_commands import train
 from tests.unit.test_config import composed

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import (
@@ -22,14 +22,8 @@ from powerflow_lit.config.checks import (
     train_config,
     typed,
 )
-from powerflow_lit.config.fallback import with_available_engine
-from powerflow_lit.config.schema import (
-    EvaluateConfig,
-    PrepareDataConfig,
-    PretrainConfig,
-    ReportConfig,
-    TrainConfig,
-)
+from powerflow_lit.config.schema import EvaluateConfig, TrainConfig
+from powerflow_lit.config.schema_tools import PrepareDataConfig, PretrainConfig, ReportConfig
 from powerflow_lit.evaluate import _of_run
 from powerflow_lit.run_folder import write_configs
 
@@ -188,6 +182,39 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("finetune.lr_factor=0",), "finetune.lr_factor=0.0: must be positive"),
         (("model.lr=fast",), "model.lr.*fast"),
         (("callbacks.export_dtype=int4",), "callbacks.export_dtype=int4"),
+        (("alpha=inf",), "alpha=inf: must be a finite number"),
+        (("alpha=",), "alpha='': must be a number"),
+        (("model.name=null",), "model.name=null: must be text"),
+        (("logger.tags=a",), r"logger.tags=a: must be a list, as in logger.tags=\[a\]"),
+        (("seed=4294967296",), r"seed=4294967296: must lie in \[0, 4294967295\]"),
+        (("callbacks.evaluation.seed=-1",), "callbacks.evaluation.seed=-1"),
+        (("optimizer.lr=0",), "optimizer.lr=0.0: must be positive"),
+        (("optimizer.weight_decay=-0.1",), "optimizer.weight_decay=-0.1: must be 0 or more"),
+        (("optimizer.grad_clip=0",), "optimizer.grad_clip=0.0: must be positive"),
+        (("optimizer.warmup_steps=-1",), "optimizer.warmup_steps=-1: must be 0 or more"),
+        (("optimizer.betas=[0.9, 1.0]",), r"betas=\[0.9, 1.0\]: AdamW takes two in \[0, 1\)"),
+        (("strategy.loss_scale=0",), "strategy.loss_scale=0.0: must be positive"),
+        (("strategy=tb_token", "strategy.calibrate.scale=mean"), "choose one of length_mean"),
+        (("log_z=ema", "log_z.rate=0"), r"log_z.rate=0: must lie in \(0, 1\]"),
+        (("log_z=ema", "log_z.scope=prompts"), "log_z.scope=prompts: did you mean prompt"),
+        (("log_z.width=6.5",), "log_z.width=6.5: must be a whole number"),
+        (("log_z=fixed", "log_z.value=one"), "log_z.value=one: must be a number"),
+        (("+log_z.rate=0.1",), "unknown key 'log_z.rate': powerflow_lit.log_z.HeadLogZ takes"),
+        (("log_z=group", "+log_z.width=3"), "GroupLogZ takes no key at all"),
+        (("alpha_schedule=anneal", "alpha_schedule.share=0"), r"share=0: must lie in \(0, 1\]"),
+        (("alpha_schedule=anneal", "alpha_schedule.start=-1"), "start=-1: must be positive"),
+        (("buffer.prompts_per_update=17",), "the buffer holds 16 prompt groups at most"),
+        (("buffer.prompts_per_update=0",), "buffer.prompts_per_update=0: must be 1 or more"),
+        (("tokens_per_microbatch=0",), "tokens_per_microbatch=0"),
+        (("rollout.max_prompt_tokens=0",), "rollout.max_prompt_tokens=0"),
+        (("model.threads=0",), "model.threads=0"),
+        (("trainer.accelerator=gpus",), "trainer.accelerator=gpus: did you mean gpu"),
+        (("trainer.devices=0",), "trainer.devices=0: must be 1 or more"),
+        (("+trainer.gradient_clip_val=1",), "the run sets it itself; set optimizer.grad_clip="),
+        (("logger.project=me/mine",), "without /; the user or team is logger.entity="),
+        (("callbacks.push_to_hub=mine",), "push_to_hub=mine: must be <user>/<name>"),
+        (("callbacks.push_to_hub=a/b", "callbacks.export=false"), "needs callbacks.export=true"),
+        (("run_dir=${nothing}",), "run_dir: interpolation key 'nothing' not found"),
     ],
 )
 def test_bad_values_are_named(overrides: tuple[str, ...], message: str) -> None:
@@ -210,19 +237,9 @@ def test_every_value_in_conf_is_explained() -> None:
             assert key in plain or explained, f"{path.name}: {key} is not explained"
 
 
-def test_without_vllm_the_portable_engine_takes_over_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("powerflow_lit.config.fallback.find_spec", lambda name: None)
-    config = train_config(with_available_engine(composed()))
-    assert config.rollout.engine["_target_"].endswith("HfEngine")
-    assert "vLLM is not installed" in capsys.readouterr().err
-    OmegaConf.create(config.rollout.engine)
-
-
 def test_configuration_loads_without_torch_or_vllm() -> None:
     code = (
-        "import sys, powerflow_lit.config.checks, powerflow_lit.config.fallback; "
+        "import sys, powerflow_lit.config.launching, powerflow_lit.config.engines; "
         "assert not {'torch', 'vllm', 'lightning', 'transformers'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -21,7 +21,7 @@ from wandb_workspaces.workspaces._run_color_groups import parse_run_color_group_
 
 from powerflow_lit import dashboard
 from powerflow_lit.config.checks import ConfigError, typed
-from powerflow_lit.config.schema import DashboardConfig
+from powerflow_lit.config.schema_tools import DashboardConfig
 from powerflow_lit.dashboard import save, specification
 from powerflow_lit.reporting.grouping import COLOURS
 from tests.unit.test_config import choices, composed

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config, typed
-from powerflow_lit.config.schema import EvaluateConfig, PretrainConfig, ReportConfig
+from powerflow_lit.config.schema import EvaluateConfig
+from powerflow_lit.config.schema_tools import PretrainConfig, ReportConfig
 from powerflow_lit.sweep import BasicSweeper
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer
 
@@ -116,6 +118,18 @@ def test_a_model_with_code_of_its_own_is_run_only_where_that_is_asked_for(
     assert type(model).__name__ == "MineForCausalLM"
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
     assert str(folder) in line
+
+
+def test_pickled_weights_that_would_run_code_are_refused_and_run_nothing(folder: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str, str]]:
+            return open, (str(folder / "it_ran"), "w")
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Payload()}, folder / "pytorch_model.bin")
+    said = refusal(str(folder))
+    assert re.search(r"\*\.bin holds more than tensors.*could run code", said), said
+    assert not (folder / "it_ran").exists()
 
 
 def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
-from powerflow_lit.config.schema import PrepareDataConfig
-from powerflow_lit.prepare_data import prepare, table_of
+from powerflow_lit.config.schema_tools import PrepareDataConfig
+from powerflow_lit.data_preparation import prepare, table_of
 from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.reasoning import Reasoning
 from powerflow_lit.tasks.recipe import is_plain_number

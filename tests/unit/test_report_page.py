@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 from powerflow_lit import report
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, typed
-from powerflow_lit.config.schema import ReportConfig
+from powerflow_lit.config.schema_tools import ReportConfig
 from powerflow_lit.reporting.evaluations import pass_lines, read_evaluations
+from powerflow_lit.reporting.runs import read_runs
 from tests.run_folders import make_run, write_problems
 
 PASS = "val/pass@1"
@@ -125,7 +126,7 @@ def test_jobs_of_a_sweep_that_left_nothing_are_reported_missing(tmp_path: Path) 
     jobs = [{"folder": n, "overrides": [f"tag={n}"]} for n in ("done", "crashed", "absent")]
     sweep = {"study": "my study", "commands": [["python -m x", "-m", "a=[1, 2]"]], "jobs": jobs}
     (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(sweep))
-    runs, remarks = report.read_runs([str(tmp_path)])
+    runs, remarks = read_runs([str(tmp_path)])
     assert [r.folder.name for r in runs] == ["done"]
     assert len(remarks) == 2
     assert "crashed: missing (tag=crashed): no metrics.csv, CUDA error" in remarks[0]
@@ -134,7 +135,7 @@ def test_jobs_of_a_sweep_that_left_nothing_are_reported_missing(tmp_path: Path) 
     assert "PowerFlow: my study" in page
     assert "python -m x -m &#x27;a=[1, 2]&#x27;" in page
     (tmp_path / "sweep" / "sweep.json").write_text('{"jobs": [3]}')
-    assert any("sweep.json unreadable" in r for r in report.read_runs([str(tmp_path)])[1])
+    assert any("sweep.json unreadable" in r for r in read_runs([str(tmp_path)])[1])
 
 
 def test_without_a_usable_run_there_is_a_page_and_one_line_of_error(tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_a_last_evaluation_that_was_cut_off_is_not_the_final_one(tmp_path: Path)
     )
     with (run / "problems.csv").open("a") as file:
         file.write("9,T=1,a,0.5\n9,T=1,b,0.")
-    (read,), _ = report.read_runs([str(tmp_path)])
+    (read,), _ = read_runs([str(tmp_path)])
     final = read.problems.final() if read.problems else None
     assert final is not None
     assert final.column("avg@4").tolist() == [1.0, 1.0]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from powerflow_lit.config import conf_dir
-from powerflow_lit.config.schema import VerdictConfig
+from powerflow_lit.config.schema_tools import VerdictConfig
 from powerflow_lit.reporting.runs import read_run
 from powerflow_lit.reporting.verdicts import Evidence, Finding, evidence, together, verdict
 from tests.run_folders import make_run

@@ -9,7 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "powerflow_lit"
 # room -> third-party packages and rooms that it must never import
+HEAVY = {"torch", "lightning", "transformers", "vllm"}
 FORBIDDEN = {
+    "mendable.py": {*HEAVY, "hydra", "omegaconf", "config"},
+    "terminal.py": {*HEAVY, "hydra", "omegaconf", "config"},
+    "run_folder.py": {*HEAVY, "hydra", "omegaconf", "config"},
+    "continuing.py": {*HEAVY, "hydra", "models"},
+    "preflight.py": {"lightning", "transformers", "vllm", "assembly", "module", "datamodule",
+                     "training"},
+    "train.py": HEAVY,
+    "evaluate.py": HEAVY,
+    "pretrain.py": {"lightning", "transformers", "vllm", "rollout"},
+    "prepare_data.py": {*HEAVY, "datasets"},
     "types.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config"},
     "objectives": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
                    "rollout", "tasks", "module", "datamodule"},

@@ -12,6 +12,7 @@ import yaml
 
 from powerflow_lit import run_folder
 from powerflow_lit.assembly import wandb_mode
+from powerflow_lit.config.checks import ConfigError
 from powerflow_lit.config.identity import config_hash
 from powerflow_lit.continuing import expand_resume
 from powerflow_lit.metrics_csv import MetricsCsv
@@ -70,7 +71,7 @@ def test_resuming_a_folder_brings_along_what_was_typed_for_it(tmp_path: Path) ->
     found = expand_resume(["refills=9", f"resume={tmp_path}"])
     assert found == ["alpha=2", f"run_dir={tmp_path}", "refills=9", f"resume={tmp_path}"]
     assert expand_resume(["alpha=2", "resume=auto"]) == ["alpha=2", "resume=auto"]
-    with pytest.raises(SystemExit, match="no run folder there"):
+    with pytest.raises(ConfigError, match="no run folder there"):
         expand_resume(["resume=nowhere"])
 
 

@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from powerflow_lit.benchmarking import build_samplers
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import typed
 from powerflow_lit.config.schema import EvaluateConfig
-from powerflow_lit.evaluate import build_samplers
 from powerflow_lit.models.loading import load_tokenizer
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import policy_weights
