@@ -58,10 +58,10 @@ class Rollouts:
     trajectories: list[Trajectory]
 
 
-def sampled(script: str, folder: Path) -> Rollouts:
+def sampled(script: str, folder: Path, plain: TrainConfig) -> Rollouts:
     """Two prompts, four responses each, scored by the model itself."""
     make_scripted_model(folder, SCRIPTS[script])
-    config = config_of(f"model.path={folder}")
+    config = replace(plain, model=replace(plain.model, path=str(folder)))
     model, tokenizer = build_model(config.model)
     engine = build_engine(
         config.rollout.engine, config.model, model, tokenizer, max_model_len=200, seed=0
@@ -100,7 +100,8 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Rol
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("bent")
-    yield {script: sampled(script, folder / script) for script in SCRIPTS}
+    plain = config_of()
+    yield {script: sampled(script, folder / script, plain) for script in SCRIPTS}
     torch.set_num_threads(threads)
 
 
