@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.commands import VLLM_CACHE
+
 # a run of four refills in seconds
 QUICK = (
     "debug=fast", "logger=none", "refills=4", "callbacks.evaluation.every_n_refills=2",
@@ -25,13 +27,14 @@ def start(
     Its output is one stream, line by line.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    own = {"PYTHONUNBUFFERED": "1", "VLLM_CACHE_ROOT": VLLM_CACHE}
     return subprocess.Popen(
         [sys.executable, "-m", "powerflow_lit.train", *overrides],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**environment, "PYTHONUNBUFFERED": "1", "HOME": str(folder), **(env or {})},
+        env={**environment, **own, "HOME": str(folder), **(env or {})},
         start_new_session=True,
     )
 
