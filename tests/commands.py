@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,12 +55,17 @@ def command(
 def _run(
     module: str, arguments: list[str], folder: str, env: dict[str, str], files: list[str]
 ) -> None:
+    # what the server registered for its own end (W&B's folder of media) is not ours to clear away
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     for number, file in enumerate(files, start=1):
         place = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(place, number)
         os.close(place)
-    # line by line, so that a command which is killed has written what it said
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    # the same streams, since W&B listens to those that it found
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)

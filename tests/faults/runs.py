@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tests.commands import VLLM_CACHE
+
 # a run of four refills in seconds
 QUICK = (
     "debug=fast", "logger=none", "refills=4", "callbacks.evaluation.every_n_refills=2",
@@ -45,13 +47,14 @@ def start(
     if fault is not None:
         command = [str(Path(__file__).with_name("faulty_train.py")), *fault]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    own = {"PYTHONUNBUFFERED": "1", "VLLM_CACHE_ROOT": VLLM_CACHE}
     return subprocess.Popen(
         [sys.executable, *command, *overrides],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**environment, "PYTHONUNBUFFERED": "1", "HOME": str(folder), **(env or {})},
+        env={**environment, **own, "HOME": str(folder), **(env or {})},
         start_new_session=True,
     )
 

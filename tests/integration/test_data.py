@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.creative_writing import CreativeWriting
 from powerflow_lit.tasks.sources import Source, read_questions
 from powerflow_lit.training import run
+from tests.commands import command, environment
 from tests.tiny_models import Kind, make_tiny_model
 
 DATA = Path(os.environ.get("POWERFLOW_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -78,12 +77,8 @@ def creative_files(folder: Path) -> dict[str, Path]:
 def trained(folder: Path, kind: Kind, *overrides: str) -> tuple[str, dict[str, Any]]:
     """What a run as typed printed, and its summary."""
     model = make_tiny_model(folder / kind, kind)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    done = subprocess.run(
-        [sys.executable, "-m", "powerflow_lit.train", "model=hf", f"model.path={model}",
-         "model.kind=instruct", *overrides, *SMALL],
-        cwd=folder, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    chosen = ("model=hf", f"model.path={model}", "model.kind=instruct", *overrides, *SMALL)
+    done = command("powerflow_lit.train", chosen, folder=folder, env=environment(Path.home()))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert summary["status"] == "finished"

@@ -25,6 +25,7 @@ from powerflow_lit.models.loading import ModelError
 from powerflow_lit.tasks.base import TaskError
 from powerflow_lit.tasks.boxed import BoxedAnswers
 from powerflow_lit.types import Prompt
+from tests import commands
 
 ROOT = Path(__file__).parents[2]
 LONG = "Compute 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9 + 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9 + 1 + 2."
@@ -108,8 +109,8 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A whole evaluation with vLLM, of a model that is not the one it is calibrated against."""
     folder = tmp_path_factory.mktemp("evaluated")
     arguments = overrides(folder, *SAMPLERS, *CALIBRATE, "samples_per_prompt=16", "output=out")
-    done = subprocess.run(
-        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True
+    done = commands.command(
+        "powerflow_lit.evaluate", arguments, folder=folder, env=dict(os.environ)
     )
     assert done.returncode == 3, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "out", done.stdout

@@ -30,7 +30,8 @@ def test_a_strategy_and_a_task_of_ones_own_need_no_change_of_the_package(tmp_pat
     assert {"my_conf/strategy/square_root.yaml", "my_conf/task/counting.yaml"} <= set(names)
     command = [sys.executable, "-m", "powerflow_lit.train", "--config-dir", "my_conf"]
     chosen = ["strategy=square_root", "task=counting", "log_z=group", "alpha=2"]
-    quick = ["debug=fast", "rollout=hf", "logger=none", "run_dir=run"]
+    few = "callbacks.evaluation.max_prompts=16"
+    quick = ["debug=fast", "rollout=hf", "logger=none", "run_dir=run", few]
     result = subprocess.run(
         [*command, *chosen, *quick],
         cwd=tmp_path,

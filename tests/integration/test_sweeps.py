@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-FAST = ("debug=fast", "rollout=hf", "logger=none")
+from tests.commands import command
+
+FAST = ("debug=fast", "rollout=hf", "logger=none", "callbacks.evaluation.max_prompts=16")
 COMMAND = (sys.executable, "-m", "powerflow_lit.train", "-m")
 
 
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *overrides, *FAST], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    chosen = ["-m", *overrides, *FAST]
+    return command("powerflow_lit.train", chosen, folder=folder, env=dict(os.environ))
 
 
 def summaries(folder: Path) -> dict[int, Path]:
@@ -86,7 +87,8 @@ def test_a_mistyped_value_is_one_line_and_stops_no_other_job(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("launcher", ["processes", "submitit_local"])
 def test_other_launchers_run_every_job(tmp_path: Path, launcher: str) -> None:
-    result = sweep(tmp_path, f"hydra/launcher={launcher}", "epsilon=0.1,0.3")
+    chosen = (f"hydra/launcher={launcher}", "epsilon=0.1,0.3", *FAST)
+    result = subprocess.run([*COMMAND, *chosen], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 finished" in result.stdout
     found = list(tmp_path.glob("multirun/*/*/summary.json"))
