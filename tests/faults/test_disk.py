@@ -97,7 +97,8 @@ def test_an_export_without_room_loses_no_trained_policy(tmp_path: Path) -> None:
     assert not list(run.glob("export*"))
     evaluated = subprocess.run(
         [sys.executable, "-m", "powerflow_lit.evaluate", "run=run", "rollout=hf",
-         "samples_per_prompt=1", "decodings=[{temperature: 1, min_p: 0}]", "output=eval"],
+         "samples_per_prompt=1", "decodings=[{temperature: 1, min_p: 0}]", "output=eval",
+         "task.build.eval_size=8"],
         cwd=tmp_path,
         env={**os.environ, "HOME": str(tmp_path)},
         capture_output=True,

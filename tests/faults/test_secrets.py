@@ -69,6 +69,7 @@ def test_an_evaluation_of_it_leaves_none_either(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "powerflow_lit.evaluate", "model=hf", f"model.path={place}",
          "rollout=hf", "samples_per_prompt=1", "decodings=[{temperature: 1, min_p: 0}]",
+         "task.build.eval_size=8",
          "output=eval"],
         cwd=folder,
         env={**os.environ, **ENVIRONMENT, "HOME": str(folder)},
