@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
@@ -149,10 +150,9 @@ def test_code_in_a_checkpoint_is_never_run(folder: Path, tmp_path: Path) -> None
         (("alpha=2",), r"alpha was 4.0, now 2.0"),
         (("strategy=tb_traj",), "strategy was powerflow, now tb_traj"),
         (("finetune=lora",), "finetune was full, now lora"),
-        (("model=tiny_instruct", "alpha=4"), "the base model differs"),
     ],
 )
-def test_another_alpha_strategy_or_model_is_refused_and_changes_nothing(
+def test_another_alpha_or_strategy_is_refused_and_changes_nothing(
     folder: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -161,16 +161,35 @@ def test_another_alpha_strategy_or_model_is_refused_and_changes_nothing(
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the embedded model, to be changed."""
+    return shutil.copytree(local_folder("embedded:tiny"), tmp_path / "model")
+
+
+def same_task(model: Path) -> tuple[str, ...]:
+    return ("model=hf", f"model.path={model}", "model.kind=base")
+
+
+def test_another_model_is_refused(folder: Path, model: Path) -> None:
+    """Of the same shapes, as an instruct model is beside its base."""
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match="run: the base model differs"):
+        trained(folder, f"resume={folder}", *same_task(model))
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_another_vocabulary_is_refused(folder: Path, model: Path) -> None:
     """The same weights, with two tokens exchanged."""
-    model = shutil.copytree(local_folder("embedded:tiny"), tmp_path / "model")
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
     ids[" 1"], ids[" 2"] = ids[" 2"], ids[" 1"]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    same_weights = ("model=hf", f"model.path={model}", "model.kind=base")
     with pytest.raises(CheckpointError, match="run: the tokenizer's vocabulary differs"):
-        trained(folder, f"resume={folder}", *same_weights)
+        trained(folder, f"resume={folder}", *same_task(model))
 
 
 def test_it_goes_on_with_another_alpha_if_that_is_forced(

@@ -123,6 +123,7 @@ judge("creative", server, Path(sys.argv[3]), *SHORT).assess(MANY, None)
 """
 
 
+@pytest.mark.faults
 def test_a_judge_killed_half_way_asks_only_the_rest(server: VllmServer, tmp_path: Path) -> None:
     cache = tmp_path / "c"
     process = subprocess.Popen(

@@ -128,6 +128,7 @@ def test_the_adapter_on_the_base_has_the_policys_log_probs(trained: Trained) -> 
     assert torch.equal(score(adapted.get_base_model()), trained.watch.policy[-1])
 
 
+@pytest.mark.faults
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     quick = ("debug=fast", "logger=none", "refills=4", "rollout=hf", "finetune=lora")
     settings = (*quick, "callbacks.evaluation.every_n_refills=4")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from powerflow_lit.resume import checkpoint_of
 from tests.faults.runs import assert_same_run, killed_at
 from tests.integration.test_commands import rows_of, summary_of, train
@@ -44,6 +46,7 @@ def test_a_single_run_that_diverged_has_an_exit_code_of_its_own(tmp_path: Path) 
     assert "diverged after 1 refills" in ran.stdout, "after all has been said"
 
 
+@pytest.mark.faults
 def test_a_pulled_run_lowers_alpha_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     pull = f"+monitor.rules.pull={{{ALWAYS_BROKEN}, patience: 2, action: pull}}"
     settings = (*FAST, "refills=4", "alpha=4", pull)

@@ -50,6 +50,7 @@ def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> 
     assert (tmp_path / "scored" / "eval.json").exists()
 
 
+@pytest.mark.faults
 def test_resume_auto_finds_the_unfinished_twin(tmp_path: Path) -> None:
     settings = [*QUICK, "rollout=hf", "alpha=2"]
     killed_at(tmp_path, "refill   1/4", *settings)

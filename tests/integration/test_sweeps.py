@@ -29,6 +29,7 @@ def summaries(folder: Path) -> dict[int, Path]:
     return {json.loads(path.read_text())["seed"]: path for path in found}
 
 
+@pytest.mark.faults
 def test_a_killed_sweep_repeats_no_finished_job_and_resumes_the_interrupted_one(
     tmp_path: Path,
 ) -> None:

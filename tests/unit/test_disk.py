@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from powerflow_lit import run_folder
 from powerflow_lit.checkpoint_io import StraightCheckpointIO
 from powerflow_lit.disk import DiskError, dropped, explained, named
-from powerflow_lit.run_folder import MetricsCsv
+from powerflow_lit.metrics_csv import MetricsCsv
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")

@@ -106,6 +106,7 @@ class Run:
         self.loggers: list[Any] = []
         self.should_stop = False
         self.current_epoch = -1
+        self.global_step = 0
         self.printed: list[str] = []
         self.module: Any = module()
         self.module.print = self.printed.append
@@ -116,7 +117,7 @@ class Run:
         )
         trainer: Any = self
         self.monitor.on_fit_start(trainer, self.module)
-        self.monitor.on_train_start()
+        self.monitor.on_train_start(trainer, self.module)
 
     def refill(self, **metrics: float) -> None:
         """One refill's metrics, by name without the slash's left side."""

@@ -13,7 +13,7 @@ HEAVY = {"torch", "lightning", "transformers", "vllm"}
 FORBIDDEN = {
     "mendable.py": {*HEAVY, "hydra", "omegaconf", "config"},
     "terminal.py": {*HEAVY, "hydra", "omegaconf", "config"},
-    "run_folder.py": {*HEAVY, "hydra", "omegaconf", "config"},
+    "run_folder.py": {*HEAVY, "hydra", "omegaconf"},
     "continuing.py": {*HEAVY, "hydra", "models"},
     "preflight.py": {"lightning", "transformers", "vllm", "assembly", "module", "datamodule",
                      "training"},

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,15 @@ from powerflow_lit.types import Completion, Sampling
 SEED_STRIDE = 4096
 
 
+@cache
+def kernel_threads() -> int:
+    """Threads of vLLM's kernels on the CPU: those that torch had when vLLM was first used.
+
+    vLLM 0.32 never asks again; with another number its decoding is wrong, by half a nat a token.
+    """
+    return torch.get_num_threads()
+
+
 @contextmanager
 def trainer_state_kept() -> Iterator[None]:
     """Undo what vLLM does to its host process: random state, threads, environment, excepthook.
@@ -37,6 +46,8 @@ def trainer_state_kept() -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     environment, excepthook = dict(os.environ), sys.excepthook
+    if not torch.cuda.is_available() and kernel_threads() != threads:
+        torch.set_num_threads(kernel_threads())
     try:
         yield
     finally:
