@@ -193,8 +193,16 @@ def chosen_identity(config: TrainConfig) -> dict[str, Any]:
     return {
         "alpha": config.alpha,
         "strategy": config.strategy.name,
-        "finetune": config.finetune.kind,
+        "finetune": _finetune_of(config.finetune),
+        "log_z": str(config.log_z.get("_target_")).rpartition(".")[2],
     }
+
+
+def _finetune_of(tuned: FinetuneConfig) -> str:
+    """What decides the shapes of what is trained."""
+    if tuned.kind == "full":
+        return tuned.kind
+    return f"{tuned.kind} of rank {tuned.rank} on {tuned.target_modules}"
 
 
 def build_callbacks(

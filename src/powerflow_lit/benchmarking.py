@@ -27,7 +27,7 @@ from powerflow_lit.evaluating.session import averages, evaluate_all
 from powerflow_lit.judging.assessors import Assessor, CreativeJudge
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.resume import load_policy
-from powerflow_lit.run_folder import git_commit, versions
+from powerflow_lit.run_folder import export_of, git_commit, versions
 from powerflow_lit.samplers import Decoding, EvaluationSettings, Policy, Sampler
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.tasks.boxed import BoxedAnswers
@@ -86,7 +86,7 @@ def _evaluated(
 ) -> Record:
     """The record with every pair of benchmark and sampler in it."""
     model, tokenizer = build_model(config.model)
-    if config.run is not None and not (Path(config.run) / "export").is_dir():
+    if config.run is not None and export_of(Path(config.run)) is None:
         model = load_policy(model, Path(config.run))
     benchmarks = [
         prepared(

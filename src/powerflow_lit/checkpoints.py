@@ -18,6 +18,7 @@ from powerflow_lit.interrupt import Stopped
 from powerflow_lit.module import PowerFlowModule
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+ROWS = ("metrics.csv", "problems.csv", "samples.jsonl")
 GOOD = "good.ckpt"  # the last that kept all stop rules of a monitor
 
 
@@ -89,6 +90,9 @@ class Checkpoint(Callback):
     def _save(self, trainer: L.Trainer, module: L.LightningModule, *, within_refill: bool) -> None:
         assert isinstance(module, PowerFlowModule)
         if not module.is_healthy:  # what stands is good, and this is not
+            module.print(
+                "warning: no checkpoint: the last update was skipped, or broke the weights"
+            )
             return
         self._within_refill = within_refill
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +101,11 @@ class Checkpoint(Callback):
             trainer.save_checkpoint(aside)
         if not trainer.is_global_zero:
             return
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        # the rows that it counts on must not be lost where it is not
+        for path in (aside, *(self.path.parents[1] / name for name in ROWS)):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         if self.keep_previous and self.path.exists():
             link(self.path, self.path.with_name(PREVIOUS))
         os.replace(aside, self.path)

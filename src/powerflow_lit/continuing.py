@@ -12,7 +12,7 @@ from powerflow_lit.config.identity import config_hash
 from powerflow_lit.config.rules import ConfigError
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hidden
-from powerflow_lit.run_folder import read_summary
+from powerflow_lit.run_folder import is_running, read_summary
 from powerflow_lit.sweep import ENDED
 
 
@@ -38,20 +38,33 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
     return [*before, f"run_dir={chosen[-1]}", *arguments]
 
 
-def find_unfinished(config: TrainConfig) -> Path | None:
-    """For `resume=auto`: the given run_dir if it holds a run, else the newest unfinished twin."""
+def find_unfinished(config: TrainConfig, overrides: Sequence[str]) -> Path:
+    """For `resume=auto`: the run_dir that was typed, else the newest unfinished twin's.
+
+    A twin that is still running is none. Without one it is the run_dir of a new run.
+    """
     given = Path(config.run_dir)
-    if (given / "config.yaml").exists():
+    if any(override.startswith("run_dir=") for override in overrides):
         return given
     wanted = config_hash(hidden(as_dict(config)))  # as it stands in config.yaml
     twins = [
         path.parent
         # alpha=4 and alpha=4.0 are spelt apart in the folder above
         for path in given.parent.parent.glob("*/*/config.yaml")
-        if config_hash(yaml.safe_load(path.read_text())) == wanted
+        if _hash_of(path) == wanted
         and (read_summary(path.parent) or {}).get("status") not in ENDED
+        and not is_running(path.parent)
     ]
-    return max(twins, key=lambda folder: folder.stat().st_mtime, default=None)
+    return max(twins, key=lambda folder: folder.stat().st_mtime, default=given)
+
+
+def _hash_of(path: Path) -> str | None:
+    """None where the file is no run's configuration."""
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return config_hash(saved) if isinstance(saved, dict) else None
 
 
 def refuse_another_run(run_dir: Path, resume: str | None) -> None:

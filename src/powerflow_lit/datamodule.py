@@ -179,6 +179,7 @@ class RolloutDataModule(L.LightningDataModule):
         return {
             "updates_made": [self.buffer.refill, progress.processed],
             "refill_metrics": self.refill_metrics,
+            "engine_rebuilds": self.engine_rebuilds,
             "buffer": self.buffer.state_dict(),
             "tokens_generated": self.tokens_generated,
             "clock": self.clock.state_dict(),
@@ -189,6 +190,7 @@ class RolloutDataModule(L.LightningDataModule):
         refill, made = state_dict["updates_made"]
         self._made_before = (refill, made)
         self.refill_metrics = state_dict["refill_metrics"]
+        self.engine_rebuilds = state_dict["engine_rebuilds"]
         self.tokens_generated = state_dict["tokens_generated"]
         self.clock.load_state_dict(state_dict["clock"])
 

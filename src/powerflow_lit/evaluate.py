@@ -16,6 +16,7 @@ import hydra
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from powerflow_lit import run_folder
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import ConfigError, evaluate_config
 from powerflow_lit.config.engines import check_engine, engine_warning
@@ -42,8 +43,8 @@ def _of_run(cfg: DictConfig, typed_overrides: Sequence[str]) -> DictConfig:
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"run={cfg.run}: no run folder there (no config.yaml)")
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    if (folder / "export").is_dir():
-        saved["model"] |= {"path": str(folder / "export"), "revision": None}
+    if (export := run_folder.export_of(folder)) is not None:
+        saved["model"] |= {"path": str(export), "revision": None}
     elif not any((folder / "checkpoints").glob("*.ckpt")):
         raise ConfigError(f"run={cfg.run}: neither an export/ nor a checkpoint there yet")
     task = saved["task"] | {"max_new_tokens": saved["rollout"]["max_new_tokens"]}

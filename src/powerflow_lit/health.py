@@ -37,11 +37,9 @@ class Health(Callback):
     def __init__(self) -> None:
         self.warnings: list[RunWarning] = []
         self._present: set[str] = set()  # findings of the last refill
-        self._rebuilds = 0  # before a resume
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = _data(trainer)
-        data.engine_rebuilds = self._rebuilds
         data.on_warning = lambda text: self._keep(trainer, text)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,9 +51,6 @@ class Health(Callback):
                 self._keep(trainer, finding.text)
         self._present = {finding.name for finding in found}
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._rebuilds = _data(trainer).engine_rebuilds
-
     def _keep(self, trainer: L.Trainer, text: str) -> None:
         self.warnings.append(RunWarning(trainer.current_epoch + 1, text))
 
@@ -63,13 +58,11 @@ class Health(Callback):
         return {
             "warnings": [[w.refill, w.text] for w in self.warnings],
             "present": sorted(self._present),
-            "engine_rebuilds": self._rebuilds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.warnings = [RunWarning(*w) for w in state_dict["warnings"]]
         self._present = set(state_dict["present"])
-        self._rebuilds = state_dict["engine_rebuilds"]
 
 
 def _data(trainer: L.Trainer) -> RolloutDataModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 LAST_RESORT_S = 20  # after a second signal; then the process ends wherever it hangs
+ONE_CAUSE_S = 0.5  # launchers pass on a signal that the process has had already
 
 
 class Stopped(SystemExit):
@@ -44,11 +46,14 @@ class StopSignals:
         self.numbers = [signal.SIGINT, *(signal.Signals[name] for name in names)]
         self.requested: signal.Signals | None = None
         self._deferred = False
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
-            self._previous = {n: signal.signal(n, self._note) for n in self.numbers}
+            # what is ignored stays so: nohup runs a program without SIGHUP
+            heeded = [n for n in self.numbers if signal.getsignal(n) is not signal.SIG_IGN]
+            self._previous = {n: signal.signal(n, self._note) for n in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,7 +75,10 @@ class StopSignals:
             raise Stopped(self.requested)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.requested = self.requested is not None, signal.Signals(number)
+        again, now = self.requested is not None, time.monotonic()
+        if again and now - self._since < ONE_CAUSE_S:
+            return
+        self.requested, self._since = signal.Signals(number), now
         if again:
             last_resort = threading.Timer(LAST_RESORT_S, os._exit, (128 + number,))
             last_resort.daemon = True

@@ -38,6 +38,9 @@ class LogZ(nn.Module):
     def initialise(self, log_z: float) -> None:
         """Told once, after the first refill: minus the weighted mean of its mismatch."""
 
+    def undo(self) -> None:
+        """Take back what the last update taught a running estimate: it was skipped."""
+
 
 class HeadLogZ(LogZ):
     """An MLP on pooled prompt states, trained beside the policy.
@@ -114,6 +117,7 @@ class EmaLogZ(LogZ):
         self.rate, self.scope = rate, scope
         self.start = nn.Buffer(torch.zeros(()))
         self.table: dict[int, float] = {}
+        self._before: dict[int, float | None] = {}  # what the last update has changed
 
     def initialise(self, log_z: float) -> None:
         self.start.fill_(log_z)
@@ -130,11 +134,20 @@ class EmaLogZ(LogZ):
         newest: dict[int, list[float]] = {}
         for i, value in zip(ids, group, strict=True):
             if not math.isfinite(value):
-                continue  # the objective will refuse this update; the average must survive it
+                continue
             newest.setdefault(i, []).append(value)
+        self._before = {i: self.table.get(i) for i in newest}
         for i, values in newest.items():
             old = self.table.get(i, float(self.start))
             self.table[i] = old + self.rate * (sum(values) / len(values) - old)
+
+    def undo(self) -> None:
+        for i, value in self._before.items():
+            if value is None:
+                self.table.pop(i, None)
+            else:
+                self.table[i] = value
+        self._before = {}
 
     def get_extra_state(self) -> Any:
         return {"ids": list(self.table), "values": list(self.table.values())}

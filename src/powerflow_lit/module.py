@@ -261,6 +261,7 @@ class PowerFlowModule(L.LightningModule):
             DivergedError: too many in a row.
         """
         self._skips_this_step = True
+        self.log_z.undo()
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         update = self.global_step + 1

@@ -157,6 +157,7 @@ class Monitor(Callback):
         self.watches = [Watch(rule) for rule in rules]
         self.pull_factor, self.pull_recovery = pull_factor, pull_recovery
         self.checkpoint, self.good = checkpoint, checkpoint.with_name(GOOD)
+        self.candidate = checkpoint.with_name("candidate.ckpt")
         self.stopped_by: str | None = None
         self.warnings: list[RunWarning] = []
         self._recorder = Recorder()
@@ -167,6 +168,12 @@ class Monitor(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0:
             self._recorder.take()  # the base's evaluation is of no refill
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stops = any(w.rule.action == "stop" for w in self.watches)
+        if stops and trainer.is_global_zero:  # of the policy that this refill's rollouts are from
+            self.candidate.unlink(missing_ok=True)
+            link(self.checkpoint, self.candidate)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, PowerFlowModule)
@@ -212,10 +219,11 @@ class Monitor(Callback):
             trainer.should_stop = True
             if trainer.is_global_zero and self.good.exists():
                 os.replace(self.good, self.checkpoint)
-                self.checkpoint.with_name(PREVIOUS).unlink(missing_ok=True)  # newer, and not good
+                for newer in (self.checkpoint.with_name(PREVIOUS), self.candidate):
+                    newer.unlink(missing_ok=True)  # and not good
             module.print(f"stopped at refill {trainer.current_epoch + 1}: {self.stopped_by}")
         elif stops and all(w.streak == 0 for w in stops) and trainer.is_global_zero:
-            link(self.checkpoint, self.good)
+            link(self.candidate, self.good)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from powerflow_lit.config.rules import ConfigError
 from powerflow_lit.config.secrets import hidden
 from powerflow_lit.disk import named, written_aside
 
 if TYPE_CHECKING:
     from powerflow_lit.types import Trajectory
 
+LOCK = ".lock"  # held by the process that runs in a folder
 VERSIONED = (
     "powerflow_lit", "torch", "lightning", "transformers", "peft", "vllm", "hydra-core", "wandb",
 )  # fmt: skip
@@ -138,6 +142,47 @@ def write_configs(folder: Path, config: Mapping[str, Any], overrides: Sequence[s
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, written aside and renamed; without secrets."""
     write_whole(folder / "summary.json", json.dumps(hidden(summary), indent=2) + "\n")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a run folder; the system gives it free when this one ends.
+
+    Raises:
+        ConfigError: another process runs in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        if not _lock(file.fileno()):
+            raise ConfigError(f"run_dir={folder}: another process is running in it")
+        yield
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the folder."""
+    try:
+        with (folder / LOCK).open("r+") as file:
+            return not _lock(file.fileno())
+    except OSError:
+        return False
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def export_of(folder: Path) -> Path | None:
+    """The exported policy of a run folder; None while its checkpoint is newer, or there is none."""
+    export = folder / "export"
+    finished = (read_summary(folder) or {}).get("status") == "finished"
+    has_checkpoint = any((folder / "checkpoints").glob("*.ckpt"))
+    return export if export.is_dir() and (finished or not has_checkpoint) else None
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ def _main(cfg: DictConfig) -> float | None:
     with in_one_line():
         config = train_config(cfg)
         if config.resume == "auto":
-            config.run_dir = str(find_unfinished(config) or config.run_dir)
+            config.run_dir = str(find_unfinished(config, overrides))
         summary = _announced_run(config, overrides)
     if summary.get("status") == "diverged":
         sys.exit(DIVERGED)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from powerflow_lit import run_folder
 from powerflow_lit.assembly import (
@@ -60,13 +63,17 @@ def run(
         parts: the strategy's objective and the task, where they are built already.
 
     Raises:
-        ConfigError: the folder already holds a run and `resume` does not name it.
+        ConfigError: the folder already holds a run and `resume` does not name it, or another
+            process is running in it.
         CheckpointError: the run cannot be continued.
         Stopped: a signal asked it to stop; it is saved.
     """
-    with StopSignals(config.callbacks.stop_signals) as signals:
-        # what can be wrong with strategy and task shows before a model loads
-        return _run(config, run_dir, overrides, parts or light_parts(config), signals)
+    # what can be wrong with strategy and task shows before a model loads
+    parts = parts or light_parts(config)
+    first = getattr(rank_zero_only, "rank", 0) == 0  # the ranks of a run share its folder
+    holding = run_folder.held(run_dir) if first else nullcontext()
+    with StopSignals(config.callbacks.stop_signals) as signals, holding:
+        return _run(config, run_dir, overrides, parts, signals)
 
 
 def _run(
@@ -88,10 +95,11 @@ def _run(
     if point is not None:
         refuse_another(point, identity, force=config.resume_force)
         set_damaged_aside(point)
-        run_folder.write_configs(run_dir, as_dict(config), overrides)
     module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock, signals, identity)
+    # only once the checkpoint is loaded: what is refused until then leaves the folder as it was
+    callbacks.append(LambdaCallback(on_fit_start=lambda *_: begin(run_dir, config, overrides)))
     run_folder.cut_samples(run_dir, point.refills if point else 0)
     run_folder.cut_problems(run_dir, point.refills if point else -1)
     loggers: list[Any] = [MetricsCsv(run_dir, keep_until=point.updates if point else None)]
@@ -117,6 +125,7 @@ def _run(
         path = str(point.path) if point else None
         with signals.deferred(), explained(lambda: how_to_go_on(run_dir)):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        signals.check()  # one that came after the last update
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
         ending["status"] = "finished" if stopped_by is None else "diverged"
         if stopped_by is not None:
@@ -134,24 +143,33 @@ def _run(
     except (Stopped, SIGTERMException) as error:
         number = error.signal if isinstance(error, Stopped) else signal.SIGTERM
         ending |= {"status": "interrupted", "stopped_by": signal.Signals(number).name}
+        saved = not (isinstance(error, Stopped) and error.at_once) and module.is_healthy
         print(
-            f"interrupted after {module.global_step} updates; continue with: "
-            f"python -m powerflow_lit.train resume={run_dir}"
+            f"interrupted after {module.global_step} updates{'' if saved else ', unsaved'}; "
+            f"continue with: python -m powerflow_lit.train resume={run_dir}"
         )
         raise Stopped(number) from error
     except Exception as error:
-        ending["error"] = str(root_cause(error)) or type(error).__name__
+        ending |= {"status": "failed", "error": str(root_cause(error)) or type(error).__name__}
         raise
     finally:
-        data.close()
-        for callback in callbacks:
-            getattr(callback, "stop", lambda: None)()
-        ending["warnings"] = warnings_of(callbacks)
-        summary = _summary(config, module, data, evaluation, clock, ending)
-        _write_summary(run_dir, summary)
-        if config.logger.name == "wandb":
-            _finish_wandb(loggers[-1], summary)
+        with signals.deferred():
+            data.close()
+            for callback in callbacks:
+                getattr(callback, "stop", lambda: None)()
+            ending["warnings"] = warnings_of(callbacks)
+            summary = _summary(config, module, data, evaluation, clock, ending)
+            _write_summary(run_dir, summary)
+            if config.logger.name == "wandb":
+                _finish_wandb(loggers[-1], summary)
+    signals.check()  # one that came meanwhile ends a sweep as well
     return summary
+
+
+def begin(run_dir: Path, config: TrainConfig, overrides: Sequence[str]) -> None:
+    """Write what the run is told now; what an earlier start in the folder came to is past."""
+    run_folder.write_configs(run_dir, as_dict(config), overrides)
+    (run_dir / "summary.json").unlink(missing_ok=True)
 
 
 def _resume_point(config: TrainConfig, run_dir: Path) -> ResumePoint | None:
@@ -165,7 +183,8 @@ def _resume_point(config: TrainConfig, run_dir: Path) -> ResumePoint | None:
         return None
     point = checkpoint_of(run_dir)
     if point is None:
-        print(f"resume: {run_dir} has no checkpoint yet, so the run begins anew")
+        if (run_dir / "config.yaml").exists():
+            print(f"resume: {run_dir} has no checkpoint yet, so the run begins anew")
         return None
     refuse_another(point, chosen_identity(config), force=config.resume_force)
     print(f"resume: from {point.path.name} after {point.refills} refills, {point.updates} updates")

@@ -119,17 +119,23 @@ class Run:
         self.monitor.on_fit_start(trainer, self.module)
         self.monitor.on_train_start(trainer, self.module)
 
-    def refill(self, **metrics: float) -> None:
+    def refill(self, within: str | None = None, **metrics: float) -> None:
         """One refill's metrics, by name without the slash's left side."""
         trainer: Any = self
         self.current_epoch += 1
+        self.monitor.on_train_epoch_start(trainer, self.module)
+        if within is not None:  # a checkpoint between two updates, or of a run stopped there
+            self.save(within)
         for logger in self.loggers:
             logger.log_metrics({f"rollout/{name}": value for name, value in metrics.items()})
         self.monitor.on_train_epoch_end(trainer, self.module)
         if not self.should_stop:  # as the checkpoint callback does, aside and renamed
-            aside = self.checkpoint.with_suffix(".aside")
-            aside.write_text(f"after refill {self.current_epoch + 1}")
-            os.replace(aside, self.checkpoint)
+            self.save(f"after refill {self.current_epoch + 1}")
+
+    def save(self, content: str) -> None:
+        aside = self.checkpoint.with_suffix(".aside")
+        aside.write_text(content)
+        os.replace(aside, self.checkpoint)
 
 
 def test_a_warning_is_printed_once_for_each_streak(tmp_path: Path) -> None:
@@ -197,6 +203,17 @@ def test_a_stop_leaves_the_newest_checkpoint_whose_rollouts_kept_the_rules(tmp_p
     assert run.printed == [f"stopped at refill 5: {run.monitor.stopped_by}"]
     assert run.checkpoint.read_text() == "after refill 2"
     assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt"}
+
+
+def test_a_policy_whose_rollouts_nobody_has_seen_is_never_the_good_one(tmp_path: Path) -> None:
+    """A checkpoint within refill 2 holds updates on rollouts of the policy after refill 1."""
+    run = Run(tmp_path, rule(below=5.0, patience=1, action="stop"))
+    run.refill(length_mean=9)
+    run.refill(within="within refill 2", length_mean=9)
+    assert (tmp_path / "good.ckpt").read_text() == "after refill 1"
+    run.refill(within="within refill 3", length_mean=1)
+    assert run.should_stop
+    assert run.checkpoint.read_text() == "after refill 1"
 
 
 def test_without_a_stop_rule_no_second_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # what the run itself gives to Lightning's Trainer, and where it is set
 SET_BY_THE_RUN = {
     "max_epochs": "refills=",
+    "max_steps": "refills=",
+    "min_steps": "refills=",
+    "max_time": "refills= (and stop a run by a signal: it is saved)",
+    "limit_train_batches": "refills= and buffer.updates_per_refill=",
+    "overfit_batches": "rollout.prompts_per_refill=",
+    "fast_dev_run": "debug=fast",
     "min_epochs": "refills=",
     "callbacks": "callbacks=",
     "logger": "logger=",
