@@ -95,6 +95,7 @@ def test_an_export_without_room_loses_no_trained_policy(tmp_path: Path) -> None:
     assert "checkpoints/last.ckpt stands" in line
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
     assert not list(run.glob("export*"))
+    assert json.loads((run / "summary.json").read_text())["status"] == "failed"
     evaluated = subprocess.run(
         [sys.executable, "-m", "powerflow_lit.evaluate", "run=run", "rollout=hf",
          "samples_per_prompt=1", "decodings=[{temperature: 1, min_p: 0}]", "output=eval",
