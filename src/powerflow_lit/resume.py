@@ -124,9 +124,9 @@ def refuse_another(point: ResumePoint, now: Mapping[str, Any], *, force: bool) -
         CheckpointError: names what differs, and its two values.
     """
     differ = [
-        IDENTITY[name].format(point.identity[name], value)
+        IDENTITY[name].format(point.identity.get(name), value)
         for name, value in now.items()
-        if point.identity[name] != value
+        if point.identity.get(name) != value
     ]
     if differ and force:
         print(f"warning: resume_force=true: {'; '.join(differ)}", file=sys.stderr)
