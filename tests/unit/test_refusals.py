@@ -70,6 +70,95 @@ def test_a_target_of_ones_own_is_read_too_and_an_unreadable_one_is_left_alone(
     assert "mine_of_the_test" not in sys.modules
 
 
+OWN_CLASSES = """
+import abc, dataclasses, functools, typing
+import attrs
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar, overload
+T = TypeVar("T")
+def adding(function):
+    def called(*, extra, **others): return function(**others)
+    return called
+def adding_to(cls):
+    cls.__init__ = lambda self, *, extra: None
+    return cls
+class Meta(type):
+    def __call__(cls, *, extra): return super().__call__()
+class Base:
+    def __init__(self, *, rate): ...
+class Log: ...
+class Mixed(Base, Log): ...
+@dataclass
+class A: a: int
+@dataclass
+class B: b: int
+@dataclass
+class AB(A, B): c: int
+class Overloaded:
+    @overload
+    def __init__(self, *, a: int): ...
+    @overload
+    def __init__(self, *, b: int): ...
+    def __init__(self, **others): ...
+class New:
+    def __new__(cls, *, a): return super().__new__(cls)
+class OfNew(New): ...
+@adding
+def decorated(*, rate): ...
+@adding_to
+class Decorated: ...
+class DecoratedInit:
+    @adding
+    def __init__(self, *, rate): ...
+@attrs.define
+class Attrs: a: int
+class WithMeta(metaclass=Meta): ...
+class OfMeta(WithMeta):
+    def __init__(self): ...
+class Row(NamedTuple): a: int
+class Registered:
+    def __init_subclass__(cls, **keys): adding_to(cls)
+class OfRegistered(Registered): ...
+class Assigned:
+    __init__ = Base.__init__
+class Rebound: ...
+Rebound = adding_to(Rebound)
+@dataclass(init=False)
+class NoInit(A): ...
+# that are still told
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields(A): d: int = 0
+class Abstract(Base, abc.ABC, Generic[T], metaclass=abc.ABCMeta): ...
+@functools.cache
+def cached(rate): ...
+"""
+
+
+def test_only_classes_whose_parameters_are_sure_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_classes.py").write_text(OWN_CLASSES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    unsure = (
+        "Mixed AB Overloaded New OfNew decorated Decorated DecoratedInit Attrs WithMeta OfMeta "
+        "Row OfRegistered Assigned Rebound NoInit"
+    )
+    for name in unsure.split():
+        assert targets.signature_of(f"own_classes.{name}") is None, name
+    sure = {"Fields": ("a", "d"), "Abstract": ("rate",), "cached": ("rate",), "Log": ()}
+    for name, parameters in sure.items():
+        found = targets.signature_of(f"own_classes.{name}")
+        assert found == targets.Signature(parameters, is_open=False), name
+
+
+def test_ranges_by_a_parameters_name_hold_for_our_own_classes_only() -> None:
+    with pytest.raises(ConfigError, match=r"log_z\.rate=5\.0"):
+        checked("log_z=ema", "log_z.rate=5.0")
+    mine = ("log_z._target_=mine.RunningLogZ", "alpha_schedule._target_=mine.steps")
+    theirs = checked("log_z=ema", "log_z.rate=5.0", "+alpha_schedule.share=high", *mine)
+    assert theirs.log_z["rate"] == 5.0
+
+
 def test_a_writable_place_is_left_as_it_was(tmp_path: Path) -> None:
     check_writable("run_dir", str(tmp_path / "a" / "b" / "c"))
     assert list(tmp_path.iterdir()) == []
