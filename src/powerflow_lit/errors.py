@@ -25,7 +25,8 @@ def is_refusal(error: BaseException) -> bool:
     """Whether a line says all about an error; of any other a traceback has to be seen.
 
     That is what this package says of a value, and what a class says of its arguments: that it was
-    not found, a TypeError or a ValueError. Who asked for tracebacks gets a line of the first only.
+    not found, a TypeError or a ValueError; Lightning's Trainer also says it with errors of other
+    types. Who asked for tracebacks gets a line of the first only.
     """
     cause = root_cause(error)
     if isinstance(cause, MendableError):
@@ -35,8 +36,8 @@ def is_refusal(error: BaseException) -> bool:
     if str(error).startswith("Error locating target"):
         missing = isinstance(cause.__cause__, ModuleNotFoundError | None)
         return missing or "is an attribute of" in str(cause)  # else its module has a fault
-    of_lightning = type(cause).__name__ == "MisconfigurationException"  # not imported to find out
-    return cause is error or isinstance(cause, TypeError | ValueError) or of_lightning
+    of_lightning = str(error).startswith("Error in call to target 'lightning.")
+    return cause is error or of_lightning or isinstance(cause, TypeError | ValueError)
 
 
 def line_of(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
 from powerflow_lit import schedules
 from powerflow_lit.config import engines, targets
@@ -293,6 +294,15 @@ def test_a_fault_in_a_class_of_ones_own_is_a_traceback_and_a_wrong_argument_is_a
         with pytest.raises(SystemExit):
             started(name)
         assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize("values", [{"accelerator": "tpu"}, {"strategy": "nowhere"}])
+def test_what_lightnings_trainer_refuses_is_a_line(
+    capsys: pytest.CaptureFixture[str], values: dict[str, str]
+) -> None:
+    with pytest.raises(SystemExit), in_one_line():
+        instantiate({"_target_": "lightning.Trainer", **values})
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.usefixtures("faulty")
