@@ -14,10 +14,12 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from powerflow_lit.config.engines import check_engine
+from powerflow_lit.config.launching import TRACEBACKS
 from powerflow_lit.config.places import check_writable
 from powerflow_lit.config.rules import ConfigError, require
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.continuing import refuse_another_run
+from powerflow_lit.errors import is_refusal, line_of, root_cause
 from powerflow_lit.mendable import MendableError
 from powerflow_lit.models.errors import no_chat_template, unknown_words
 from powerflow_lit.models.folders import context_of, has_chat_template, resolve_path
@@ -111,20 +113,27 @@ def check_device(config: TrainConfig) -> None:
 
 
 def _built(name: str, node: Mapping[str, Any]) -> Any:
-    """What a `_target_` node describes; its own refusal is passed on, any other names the node."""
+    """What a `_target_` node describes.
+
+    Its own refusal is passed on, that of its arguments names the node, a fault in it is raised as
+    it is.
+    """
     try:
         return instantiate(node)
     except InstantiationException as error:
-        cause = error.__cause__
+        cause = root_cause(error)
         if isinstance(cause, MendableError):
             raise cause from error
-        raise ConfigError(f"{name}: {cause or error}") from error
+        if not is_refusal(error):
+            raise
+        raise ConfigError(f"{name}: {line_of(error)}") from error
 
 
 def _objective(config: TrainConfig) -> Any:
-    """The strategy's objective, after it was called once at the schedule's first and last alpha.
+    """The strategy's objective, after another one of its kind was called without gradients.
 
-    It reads some of its values only then; a run would stop at its first update.
+    It was called at the schedule's first and last alpha: some values are read only then, and a run
+    would stop at its first update. What else goes wrong in this trial is left for the run to show.
     """
     import torch
 
@@ -145,10 +154,21 @@ def _objective(config: TrainConfig) -> Any:
     schedule = _built("alpha_schedule", config.alpha_schedule)
     try:
         objective = _built("strategy.objective", config.strategy.objective)
-        for progress in (0.0, 1.0):  # on two trajectories of two tokens
-            objective(inputs, alpha=schedule(config.alpha, progress), **numbers)
-    except (ObjectiveError, TypeError) as error:
+        trial = _built("strategy.objective", config.strategy.objective)
+    except ObjectiveError as error:
         raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
+    try:
+        with torch.no_grad():
+            for progress in (0.0, 1.0):  # on two trajectories of two tokens
+                trial(inputs, alpha=schedule(config.alpha, progress), **numbers)
+    except ObjectiveError as error:
+        raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
+    except TypeError as error:
+        if not TRACEBACKS.get():
+            raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
+        raise
+    except Exception:  # such as that of an objective which reads more than these inputs hold
+        return objective
     return objective
 
 

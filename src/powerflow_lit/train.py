@@ -28,7 +28,7 @@ from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.continuing import expand_resume, find_unfinished
 from powerflow_lit.disk import explained
-from powerflow_lit.errors import DIVERGED, USER_ERRORS, in_one_line, line_of
+from powerflow_lit.errors import DIVERGED, in_one_line, is_refusal, line_of
 from powerflow_lit.preflight import check_here, light_parts
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 from powerflow_lit.terminal import note_while
@@ -103,7 +103,7 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
         config.resume = str(folder) if state in ("unfinished", "failed") else None
         return _headline(_announced_run(config, overrides))
     except Exception as error:
-        if not isinstance(error, USER_ERRORS):
+        if not is_refusal(error):
             traceback.print_exc()
         print(f"error: {line_of(error)}", file=sys.stderr)
         if job_state(folder) in ENDED:  # it went wrong after the run itself

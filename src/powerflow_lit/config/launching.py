@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ from powerflow_lit.config.targets import signature_of
 from powerflow_lit.mendable import MendableError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+TRACEBACKS = ContextVar("tracebacks", default=False)  # whether the user asked for them
 REFUSED = 2  # exit code
 DEFAULTS_OF_OTHERS = ("model", "task")  # groups whose values other groups take up
 COMPOSITION = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
@@ -47,7 +49,8 @@ def launch(
     """Runs `main`, a function under `hydra.main`.
 
     What cannot be composed is one line on stderr and exit code 2; with HYDRA_FULL_ERROR=1 in the
-    environment it is Hydra's own traceback. What happens once a job has begun passes through.
+    environment it is Hydra's own traceback. What happens once a job has begun passes through;
+    TRACEBACKS tells it whether the user set that variable.
 
     Args:
         config_name: the entry point's file in conf/, without its ending.
@@ -55,6 +58,7 @@ def launch(
     """
     hide_in_output()
     plain = FULL_ERROR not in os.environ
+    TRACEBACKS.set(not plain)
     if plain:  # Hydra would print its errors and exit with 1; so it raises them
         os.environ[FULL_ERROR] = "1"
     try:

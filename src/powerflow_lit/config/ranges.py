@@ -255,6 +255,8 @@ def _check_decodings(key: str, decodings: Sequence[DecodingConfig]) -> None:
 
 def _check_log_z(node: Mapping[str, Any]) -> None:
     """Options and ranges by the parameter's name; which there are is the class's to say."""
+    if not _is_ours(node):
+        return
     options = {
         "source": ("policy", "base"), "pool": ("mean", "last"), "scope": ("global", "prompt"),
     }  # fmt: skip
@@ -269,11 +271,18 @@ def _check_log_z(node: Mapping[str, Any]) -> None:
 
 
 def _check_schedule(node: Mapping[str, Any]) -> None:
+    if not _is_ours(node):
+        return
     numbers = {name: node[name] for name in ("start", "share") if name in node}
     _check_numbers("alpha_schedule", numbers)
     positive({"alpha_schedule.start": numbers.get("start", 1)})
     share = numbers.get("share", 1)
     require(0 < share <= 1, f"alpha_schedule.share={share}: must lie in (0, 1], of the refills")
+
+
+def _is_ours(node: Mapping[str, Any]) -> bool:
+    """Whether a parameter's name means here what it means in this package."""
+    return str(node.get("_target_")).startswith("powerflow_lit.")
 
 
 def _check_numbers(group: str, numbers: Mapping[str, Any], whole: Sequence[str] = ()) -> None:
