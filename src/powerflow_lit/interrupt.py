@@ -51,9 +51,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
-            # what is ignored stays so: nohup runs a program without SIGHUP
-            heeded = [n for n in self.numbers if signal.getsignal(n) is not signal.SIG_IGN]
-            self._previous = {n: signal.signal(n, self._note) for n in heeded}
+            for number in self.numbers:
+                ignored = signal.getsignal(number) is signal.SIG_IGN
+                if not (ignored and number == signal.SIGHUP):  # nohup means it to stay ignored
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -47,8 +47,7 @@ def test_a_second_signal_raises_even_while_it_is_deferred(monkeypatch: pytest.Mo
     assert stop.value.at_once
 
 
-def test_what_is_ignored_stays_so_and_handlers_are_given_back() -> None:
-    """nohup starts a program with SIGHUP ignored."""
+def test_a_hangup_that_nohup_ignores_stays_so_and_handlers_are_given_back() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     old = signal.getsignal(signal.SIGUSR1)
     try:
@@ -59,3 +58,14 @@ def test_what_is_ignored_stays_so_and_handlers_are_given_back() -> None:
         assert signal.getsignal(signal.SIGUSR1) is old
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_is_heeded_by_a_job_that_a_shell_has_put_into_the_background() -> None:
+    """A script's `command &` begins with SIGINT ignored, but `kill -INT` is meant."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals([]), pytest.raises(Stopped):
+            send(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
