@@ -30,8 +30,9 @@ from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
 from powerflow_lit.models.fingerprint import vocabulary_fingerprint, weights_fingerprint
 from powerflow_lit.models.loading import end_ids, load_model, load_tokenizer, local_folder
-from powerflow_lit.models.logprobs import check_output_layer
 from powerflow_lit.models.lora import LoraSettings, add_lora
+from powerflow_lit.models.packed_attention import PackingError
+from powerflow_lit.models.probes import allow_packing, check_output_layer
 from powerflow_lit.models.prompting import route_line
 from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.monitor import Monitor, Rule
@@ -56,6 +57,11 @@ def build_model(config: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
         **source,
     )
     check_output_layer(model)
+    if config.packing:
+        try:
+            allow_packing(model)
+        except PackingError as error:
+            print(f"rows are padded, not packed (model.packing): {error}")
     return model, tokenizer
 
 

@@ -18,7 +18,8 @@ from powerflow_lit.log_z import LogZ, LogZContext
 from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
 from powerflow_lit.models.checkpointing import without_dropout
 from powerflow_lit.models.errors import ModelError
-from powerflow_lit.models.logprobs import Scores, prompt_states, response_scores
+from powerflow_lit.models.forward_pass import prompt_states
+from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
 from powerflow_lit.types import TrajectoryBatch

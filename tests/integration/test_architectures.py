@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from powerflow_lit.models.loading import load_model, load_tokenizer
-from powerflow_lit.models.logprobs import check_output_layer, response_scores
+from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import policy_weights
+from powerflow_lit.models.probes import check_output_layer
 from powerflow_lit.models.prompting import encode_prompts
 from powerflow_lit.rollout import EngineError, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from powerflow_lit.models.linear_log_prob import linear_log_prob
 from powerflow_lit.models.loading import ModelError, load_model
-from powerflow_lit.models.logprobs import OutputLayer, check_output_layer, response_scores
+from powerflow_lit.models.logprobs import OutputLayer, response_scores
+from powerflow_lit.models.probes import check_output_layer
 from powerflow_lit.types import AllowedTokens, TokenBatch
 from tests.tiny_models import KINDS, Kind, make_tiny_model
 

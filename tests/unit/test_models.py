@@ -19,8 +19,9 @@ from transformers import (
 
 from powerflow_lit.corpora import arithmetic, creative
 from powerflow_lit.models.embedded import NAMES, folder_of
+from powerflow_lit.models.forward_pass import microbatches, prompt_states
 from powerflow_lit.models.loading import ModelError, load_model, load_tokenizer
-from powerflow_lit.models.logprobs import microbatches, prompt_states, response_scores
+from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import encode_prompts, render
 from powerflow_lit.rollout.vllm_engine import as_in_files, tied_names

@@ -20,7 +20,10 @@ NOT_JOB_IDENTITY = (
 )  # fmt: skip
 # neither does any of these change a result beyond rounding
 NOT_JOB_IDENTITY_BELOW = {
-    "model": ("threads", "gradient_checkpointing", "memory_check", "estimate_only", "paper_name"),
+    "model": (
+        "packing", "threads", "gradient_checkpointing", "memory_check", "estimate_only",
+        "paper_name",
+    ),
     "rollout": ("logp_gap_limit", "logp_gap_trajectories"),
     "callbacks": ("console", "export", "export_dtype", "push_to_hub", "push_private",
                   "checkpoint", "samples", "stop_signals"),

@@ -20,6 +20,7 @@ class ModelConfig:
     base_dtype: str = MISSING
     engine_dtype: str = MISSING
     attn_implementation: str = MISSING
+    packing: bool = MISSING
     stop_tokens: list[str] = MISSING
     gradient_checkpointing: bool = MISSING
     trust_remote_code: bool = MISSING
