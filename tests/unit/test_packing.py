@@ -144,6 +144,24 @@ def test_microbatches_keep_to_the_budget_and_tear_no_prompt_that_fits() -> None:
     assert sizes == [44, 99, 4 + 2 * 19, 4 + 2 * 19, 4 + 2 * 19]
 
 
+def test_all_but_the_last_microbatch_are_computed_twice(
+    qwen2: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    batch, model = batch_of(RAGGED), qwen2[1]
+    passes = len(forward_passes(model, batch, 30))
+    assert passes > 2
+    calls: list[int] = []
+    hook = model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        gradient(model, batch, 30)
+        assert len(calls) == passes + passes - 1
+        calls.clear()
+        gradient(model, batch)
+        assert len(calls) == 1
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize("pool", ["mean", "last"])
 def test_prompt_states_are_those_of_the_prompts_alone(
     pool: str, qwen2: tuple[PreTrainedModel, PreTrainedModel]

@@ -88,19 +88,19 @@ def response_scores(
     They are over the full vocabulary, or over `batch.allowed` where a guard has set it, and at
     `temperature`. No more than `logit_chunk_mb` MB of logits exist at a time.
 
-    With more than one microbatch under gradient, each is recomputed in the backward pass, so that
-    any loss over all N trajectories (group closed forms included) has the gradient of the whole
-    batch at the memory of one microbatch.
+    With more than one microbatch under gradient, all but the last are computed again in the
+    backward pass, so that any loss over all N trajectories (group closed forms included) has the
+    gradient of the whole batch at the memory of one microbatch.
     """
     passes = forward_passes(model, batch, tokens_per_microbatch)
     width = int(batch.response_lengths.max())
-    recompute = torch.is_grad_enabled() and len(passes) > 1
     score = partial(
         _scores, model, pool=pool, temperature=temperature, logit_chunk_mb=logit_chunk_mb
     )
     pieces, states = [], []
     for part in passes:
-        if recompute:
+        # backward begins with the last: its activations may stay, they are gone before the others'
+        if torch.is_grad_enabled() and part is not passes[-1]:
             ragged, state = checkpoint(score, part, use_reentrant=False)
         else:
             ragged, state = score(part)
