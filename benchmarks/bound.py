@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from benchmarks.models import SHAPES
+from benchmarks.models import shape_of
 from benchmarks.sampler import StaticSampler
 from benchmarks.turns import Gate
 from benchmarks.workloads import FIRST_WORD, Workload
@@ -101,7 +101,7 @@ class Bound:
         self.base = AutoModelForCausalLM.from_pretrained(folder, **load).to(device).eval()
         self.base.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
-        self.vocabulary = SHAPES[workload.shape].vocabulary
+        self.vocabulary = shape_of(workload.shape).vocabulary
         self.to_score, self.to_update = score_and_updates(workload)
         self.sampler = StaticSampler(
             self.base, workload.prompt_ids(self.vocabulary), workload.response_lengths()

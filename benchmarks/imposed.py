@@ -29,9 +29,12 @@ class ImposedLengths:
     def __init__(self, lengths: Mapping[Ids, Sequence[int]]) -> None:
         self._lengths = lengths
         self._given: Counter[Ids] = Counter()
+        self._at_most: int | None = None
 
-    def restart(self) -> None:
+    def restart(self, at_most: int | None = None) -> None:
+        """Begin the next refill, every response cut to so many tokens where that is given."""
         self._given.clear()
+        self._at_most = at_most
 
     def next(self, prompt: Ids) -> int | None:
         """The length of the next response to the prompt; None where the workload has no say."""
@@ -39,7 +42,8 @@ class ImposedLengths:
         if lengths is None:
             return None
         self._given[prompt] += 1
-        return lengths[(self._given[prompt] - 1) % len(lengths)]
+        length = lengths[(self._given[prompt] - 1) % len(lengths)]
+        return length if self._at_most is None else min(length, self._at_most)
 
     # --- vLLM -----------------------------------------------------------------------------------
 

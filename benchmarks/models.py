@@ -6,7 +6,7 @@ Qwen2 `transformers` takes the tokenizer's class from a table, and ours would no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ SHAPES = {
     # as small as an engine takes, for tests
     "tiny": Shape(hidden=64, layers=1, heads=2, kv_heads=1, mlp=64, vocabulary=64),
 }
+
+
+def shape_of(name: str) -> Shape:
+    """A shape by name; `0.8M@32768` is the 0.8M with another vocabulary."""
+    base, _, vocabulary = name.partition("@")
+    shape = SHAPES[base]
+    return replace(shape, vocabulary=int(vocabulary)) if vocabulary else shape
 
 
 def write_model(shape: Shape, folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:

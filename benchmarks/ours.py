@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from benchmarks.imposed import ImposedLengths
-from benchmarks.models import EOS, SHAPES, text_of
+from benchmarks.models import EOS, shape_of, text_of
 from benchmarks.turns import Gate
 from benchmarks.workloads import Workload
 from powerflow_lit.assembly import build_datamodule, build_module, build_policy
@@ -96,8 +97,8 @@ class AtTheGate(L.Callback):
         for name in PHASES:
             self.gate.add(name, now[name] - self.seen[name])
         self.seen = now
-        self.gate.wait(tokens_so_far=tokens)
-        self.lengths.restart()
+        device_gb = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        self.lengths.restart(self.gate.wait(tokens_so_far=tokens, device_gb=device_gb))
 
 
 def trained(
@@ -109,7 +110,7 @@ def trained(
         overrides=settings.get("overrides", ()),
     )  # fmt: skip
     L.seed_everything(config.seed, verbose=False)
-    vocabulary = SHAPES[workload.shape].vocabulary
+    vocabulary = shape_of(workload.shape).vocabulary
     lengths = ImposedLengths(workload.lengths_by_prompt(vocabulary))
     if settings["engine"] == "vllm":
         # the hook lies in vLLM: the first import of it must be the engine's, under its settings

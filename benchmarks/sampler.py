@@ -23,7 +23,9 @@ class StaticSampler:
         lengths: tokens of each response, prompt by prompt.
     """
 
-    def __init__(self, model: Any, prompts: list[tuple[int, ...]], lengths: list[list[int]]) -> None:
+    def __init__(
+        self, model: Any, prompts: list[tuple[int, ...]], lengths: list[list[int]]
+    ) -> None:
         self.model = model
         config = model.config
         rows = [(p, n) for p, group in enumerate(lengths) for n in group]

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on a workload, held at a gate before each refill: `python -m benchmarks.trl_grpo JSON`.
+"""TRL's GRPOTrainer, held at a gate before each refill: `python -m benchmarks.trl_grpo JSON`.
 
 Its settings are the fastest that do the same work as ours: see `arguments_of`.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.imposed import ImposedLengths
-from benchmarks.models import EOS, SHAPES, text_of
+from benchmarks.models import EOS, shape_of, text_of
 from benchmarks.turns import Gate
 from benchmarks.workloads import Workload
 
@@ -75,7 +75,7 @@ def no_preference(completions: list[str], **_: Any) -> list[float]:
 def trainer_of(settings: Mapping[str, Any], workload: Workload, folder: str, gate: Gate) -> Any:
     """The GRPOTrainer with its phases timed; what it does is unchanged."""
     vllm = settings["engine"] == "vllm"
-    vocabulary = SHAPES[workload.shape].vocabulary
+    vocabulary = shape_of(workload.shape).vocabulary
     lengths = ImposedLengths(workload.lengths_by_prompt(vocabulary))
     if vllm:
         from benchmarks.trl_on_cpu import patch
@@ -95,8 +95,7 @@ def trainer_of(settings: Mapping[str, Any], workload: Workload, folder: str, gat
         tokens = 0
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            gate.wait(tokens_so_far=self.tokens)
-            lengths.restart()
+            lengths.restart(gate.wait(tokens_so_far=self.tokens))
             begun = time.perf_counter()
             made = super()._generate_and_score_completions(inputs)
             gate.add("score", time.perf_counter() - begun - gate.seconds("rollout", "sync"))

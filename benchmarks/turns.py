@@ -18,6 +18,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 MARK = "@bench "  # begins a line of the protocol
+WARM_UP_TOKENS = 16  # of the longest response in a warm-up
 
 
 class ContenderError(RuntimeError):
@@ -58,11 +59,14 @@ class Gate:
         """Of these phases in this refill so far."""
         return sum(self._phases[name] for name in names)
 
-    def wait(self, **further: Any) -> None:
+    def wait(self, **further: Any) -> int | None:
         """Ends a refill and waits for the next; leaves the process when there is none.
 
         Args:
             further: reported with the refill that ends.
+
+        Returns:
+            Tokens to cut the responses of the next refill to; None: it is one to be timed.
         """
         if self._begun is None:
             self._say({"ready": True})
@@ -76,10 +80,12 @@ class Gate:
                     **further,
                 }
             )
-        if sys.stdin.readline().strip() != "go":
+        order = sys.stdin.readline().strip()
+        if order not in ("go", "warm up"):
             self.leave()
         self._phases.clear()
         self._begun = time.perf_counter(), time.process_time()
+        return None if order == "go" else WARM_UP_TOKENS
 
     def leave(self) -> None:
         """Report the peak memory and end at once: engines take long to shut down."""
@@ -136,6 +142,11 @@ class Contender:
         """
         self._tell("go")
         return self._read()
+
+    def warm_up(self) -> None:
+        """A refill of short responses: engines are built, kernels loaded, memory taken."""
+        self._tell("warm up")
+        self._read()
 
     def stop(self) -> dict[str, Any]:
         """Ends it; what it reports of itself as a whole."""

@@ -52,7 +52,9 @@ class Workload:
 
     def response_lengths(self) -> list[list[int]]:
         """Tokens of each prompt's responses, the end-of-sequence token included."""
-        drawn = self._lengths(self.trajectories, self.response_mean, self.response_range, "rollouts")
+        drawn = self._lengths(
+            self.trajectories, self.response_mean, self.response_range, "rollouts"
+        )
         return [drawn[i : i + self.rollouts] for i in range(0, len(drawn), self.rollouts)]
 
     def prompt_ids(self, vocabulary: int) -> list[tuple[int, ...]]:
@@ -77,15 +79,24 @@ class Workload:
         """Of a refill, unpadded, each prompt once a group: what scoring and training need."""
         return self.response_tokens + sum(self.prompt_lengths())
 
-    def _lengths(
-        self, count: int, mean: int, limits: tuple[int, int], purpose: str
-    ) -> list[int]:
+    @property
+    def attended_pairs(self) -> int:
+        """Pairs of a query and a key that it sees, of those tokens."""
+        pairs = 0
+        for prompt, group in zip(self.prompt_lengths(), self.response_lengths(), strict=True):
+            pairs += prompt * (prompt + 1) // 2
+            pairs += sum(length * prompt + length * (length + 1) // 2 for length in group)
+        return pairs
+
+    def _lengths(self, count: int, mean: int, limits: tuple[int, int], purpose: str) -> list[int]:
         if self.lengths == "equal":
             return [mean] * count
         rng = random.Random(f"{self.seed}-{purpose}")
         low, high = limits
         mu = math.log(mean) - self.sigma**2 / 2  # so that the mean before clipping is `mean`
-        return [min(max(round(rng.lognormvariate(mu, self.sigma)), low), high) for _ in range(count)]
+        return [
+            min(max(round(rng.lognormvariate(mu, self.sigma)), low), high) for _ in range(count)
+        ]
 
 
 LARGE = {"prompts": 4, "rollouts": 4, "updates": 2, "response_mean": 32, "response_range": (4, 96)}
