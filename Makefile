@@ -9,13 +9,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KIND := $(or $(shell cat $(STAMP) 2>/dev/null),cpu)
 LINUX := $(filter Linux,$(shell uname -s))
-INPUTS := pyproject.toml $(wildcard requirements/*.txt)
+INPUTS := pyproject.toml $(filter-out requirements/bench.txt,$(wildcard requirements/*.txt))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 PINS := -c requirements/cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-gpu demo doctor test test-slow test-faults check lint type format pretrain experiments \
-	bench-logprob clean distclean venv setup-cpu setup-gpu
+	bench install-bench bench-logprob clean distclean venv setup-cpu setup-gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,12 @@ format: $(STAMP) ## let ruff mend and format what it can
 
 pretrain: $(STAMP) ## rebuild an embedded model: ARGS='embedded=tiny_instruct'
 	$(BIN)/python -m powerflow_lit.pretrain $(ARGS)
+
+bench: $(STAMP) ## time training beside TRL and the bound: ARGS='--quick' (benchmarks/README.md)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+install-bench: $(STAMP) ## TRL, which the benchmark alone needs
+	$(PIP) --no-deps -r requirements/bench.txt
 
 bench-logprob: $(STAMP) ## time and memory of the log-probs at a large vocabulary
 	$(BIN)/python -m benchmarks.log_prob $(ARGS)
