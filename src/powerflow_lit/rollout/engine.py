@@ -77,6 +77,7 @@ class RolloutEngine(Protocol):
         `on_progress(responses finished, tokens of those)` is called for each token or so; what it
         raises ends the work, and leaves the engine usable.
         `max_new_tokens` gives each prompt a limit of its own in place of the sampling's.
+        Whether log-probs are asked for (`sampling.log_probs`) changes no token.
         """
         ...
 
