@@ -125,6 +125,7 @@ class RolloutDataModule(L.LightningDataModule):
             self.refill(epoch)
         if self.settings.overlap and epoch < last:
             self._sample_ahead(epoch + 1)
+        self.rest_engine()
         self._refuse_unknown()
         refill, made = self._made_before
         start = made if refill == self.buffer.refill else 0
@@ -231,6 +232,11 @@ class RolloutDataModule(L.LightningDataModule):
         if self.engine.policy_version != version:
             with self.clock("sync"):
                 self.engine.sync(policy_weights(self._module.policy), version)
+
+    def rest_engine(self) -> None:
+        """Let the engine give memory back, unless it is at work; the next sync takes it again."""
+        if self._engine is not None and not self._ahead.is_begun:
+            self._engine.rest()
 
     def check_engine(self) -> None:
         """Let the engine score what the policy scores too; for syncs that no refill follows.

@@ -175,6 +175,7 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("buffer.log_p_old=none",), "log_p_old=none with strategy.objective.weight.kind=seq_sum"),
         (("rollout.overlap=true", "buffer.log_p_old=trainer"), "=trainer with rollout.overlap"),
         (("rollout.overlap=true", "strategy=la_tb", "buffer.log_p_old=none"), "=none with rollout"),
+        (("rollout.overlap=true", "rollout.engine.sleep=true"), "rollout.engine.sleep=true with"),
         (("rollout.overlap=true", "guard=min_p"), "min_p=0.05 with rollout.overlap=true"),
         (("model=hf",), "model.path"),
         (("model.prompt_route=poem",), "prompt_route=poem: choose one of auto, plain, chat"),

@@ -97,6 +97,11 @@ def _check_log_p_old(config: TrainConfig) -> None:
         "trainer's weights have moved on, so the engine's log-probs are kept: take auto or engine",
     )
     require(
+        not overlap or not config.rollout.engine.get("sleep"),
+        "rollout.engine.sleep=true with rollout.overlap=true: the engine is at work while the "
+        "trainer makes updates, so it cannot give its memory away: set one of them to false",
+    )
+    require(
         not overlap or config.guard.min_p == 0,
         f"guard.min_p={config.guard.min_p} with rollout.overlap=true: what the guard allows is "
         "found by the trainer, whose weights have moved on: take guard=none or overlap=false",

@@ -88,6 +88,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Give memory back that the next `sync` takes again; may do nothing.
+
+        An engine that did has no weights: its `policy_version` is -1.
+        """
+        ...
+
     def close(self) -> None:
         """Free the engine; safe to call twice."""
         ...

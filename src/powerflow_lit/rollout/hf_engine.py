@@ -124,6 +124,9 @@ class HfEngine:
             for row, (_, response) in zip(scores.log_prob.cpu(), rows, strict=True)
         ]
 
+    def rest(self) -> None:
+        """Nothing: it holds no memory but its copy of the policy."""
+
     def close(self) -> None:
         self._model, self.policy_version = None, -1
 

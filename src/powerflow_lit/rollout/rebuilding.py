@@ -117,6 +117,9 @@ class RebuildingEngine:
         """
         return self._finite(lambda: self._engine.score(rows), list)
 
+    def rest(self) -> None:
+        self._engine.rest()
+
     def close(self) -> None:
         self._engine.close()
 

@@ -71,6 +71,7 @@ class VllmEngine:
         max_num_seqs: sequences decoded at once.
         kv_cache_gb: key-value cache on the CPU, GB; on a GPU `gpu_memory_utilization` counts.
         enforce_eager: no compilation or CUDA graphs.
+        sleep: on a GPU, give the engine's memory to the trainer while it makes updates.
         extra: further `vllm.LLM` arguments.
 
     Raises:
@@ -88,6 +89,7 @@ class VllmEngine:
         kv_cache_gb: int,
         gpu_memory_utilization: float,
         enforce_eager: bool,
+        sleep: bool,
         extra: Mapping[str, Any],
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
@@ -109,6 +111,10 @@ class VllmEngine:
             "generation_config": "vllm",
             **extra,
         }
+        self._sleeps = sleep and torch.cuda.is_available()
+        self._is_asleep = False
+        if self._sleeps:
+            arguments["enable_sleep_mode"] = True
         if torch.cuda.is_available():
             arguments.setdefault("gpu_memory_utilization", gpu_memory_utilization)
         else:
@@ -151,10 +157,18 @@ class VllmEngine:
         with trainer_state_kept():
             sent = {name: t.detach() for name, t in weights.items() if name not in self._unsent}
             iterator = iter(as_in_files(self._policy, sent).items())
+            if (
+                self._is_asleep
+            ):  # room for the weights first: the trainer's caches may fill the rest
+                self._llm.wake_up(tags=["weights"])
             try:
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
             except ValueError as error:
                 raise EngineError(f"vLLM refuses the policy's weights: {error}") from error
+            if self._is_asleep:
+                torch.cuda.empty_cache()
+                self._llm.wake_up(tags=["kv_cache"])
+                self._is_asleep = False
             self._llm.reset_prefix_cache()  # its keys and values are the old weights'
         self.policy_version = policy_version
 
@@ -203,6 +217,12 @@ class VllmEngine:
             places = zip(result.prompt_logprobs[len(prompt) :], ids[len(prompt) :], strict=True)
             scores.append([entry[token].logprob for entry, token in places])
         return scores
+
+    def rest(self) -> None:
+        if self._sleeps and not self._is_asleep:
+            with trainer_state_kept():
+                self._llm.sleep(level=2)  # weights and cache are gone, not moved
+            self._is_asleep, self.policy_version = True, -1
 
     def close(self) -> None:
         # LLM has no shutdown of its own; without this the engine's threads and memory stay
