@@ -176,6 +176,7 @@ def build_datamodule(
             tokens_per_microbatch=config.tokens_per_microbatch,
             logit_chunk_mb=config.logit_chunk_mb,
             guard_min_p=config.guard.min_p,
+            overlap=rollout.overlap,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,

@@ -150,6 +150,7 @@ class Evaluation(Callback):
                 self.settings,
                 report,
             )
+        data.rest_engine()
         refill = trainer.current_epoch + 1 if trainer.global_step else 0
         append_problems(self.folder, refill, decoding.name, [p.id for p in prompts], scores)
         return val_metrics(scores)

@@ -15,9 +15,10 @@ from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
+from powerflow_lit.rollout.ahead import Ahead, Sampled
 from powerflow_lit.rollout.metrics import rollout_metrics
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
-from powerflow_lit.scoring import Progress, RolloutSettings, Scorer
+from powerflow_lit.scoring import LogPOld, Progress, RolloutSettings, Scorer
 from powerflow_lit.tasks.base import Task, TaskError
 from powerflow_lit.types import Completion, Prompt, Sampling, Trajectory, TrajectoryBatch
 
@@ -45,6 +46,10 @@ class RolloutDataModule(L.LightningDataModule):
 
     Lightning calls `train_dataloader` before every epoch (`reload_dataloaders_every_n_epochs=1`),
     and twice after a resume: a refill already in the buffer is not made again.
+
+    With `settings.overlap` the next refill is sampled in a thread while this one is trained on,
+    from the weights that this one's training begins with: refills 0 and 1 from the first weights,
+    refill r from those after the updates of refill r - 2. Whoever asks for the engine waits for it.
 
     Args:
         task: prompts and format check; its references are read by the accuracy probe only.
@@ -79,14 +84,20 @@ class RolloutDataModule(L.LightningDataModule):
         self.on_warning: Callable[[str], None] | None = None  # told what the run should remember
         self._scorer = Scorer(settings, pad_id=self.pad_id, report=self._report)
         self._engine_factory = engine_factory
-        self._engine: RolloutEngine | None = None
+        self._engine: RebuildingEngine | None = None
+        self._engine_is_new = True  # nothing that it decoded was compared yet
+        self._ahead = Ahead(self._waiting, lambda why: self._module.print(f"warning: {why}"))
+        self._trained_from = -1  # updates made as the newest refill's training began
         self.train_prompts, self._prompt_ids = self._usable_prompts(
             "training", task.train_prompts(), settings.prompts_per_refill
         )
         self.eval_prompts, _ = self._usable_prompts("evaluation", task.eval_prompts(), 1)
 
     @property
-    def engine(self) -> RolloutEngine:
+    def engine(self) -> RebuildingEngine:
+        """The engine, as soon as nothing is sampled in a thread any more."""
+        with self.clock("rollout"):
+            self._ahead.settle()
         if self._engine is None:
             self._engine = RebuildingEngine(
                 lambda: self._engine_factory(self._module),
@@ -112,44 +123,108 @@ class RolloutDataModule(L.LightningDataModule):
         epoch, last = trainer.current_epoch, (trainer.max_epochs or 0) - 1
         if self.buffer.refill != epoch and epoch <= last:  # past the last, Lightning asks in vain
             self.refill(epoch)
+        if self.settings.overlap and epoch < last:
+            self._sample_ahead(epoch + 1)
+        self.rest_engine()
+        self._refuse_unknown()
         refill, made = self._made_before
         start = made if refill == self.buffer.refill else 0
         return Updates(self.buffer.updates(self.pad_id), start)
 
     def refill(self, index: int) -> None:
-        """Sync the engine, sample, score under the base and store refill `index`.
+        """Sample refill `index`, score it under the base and store it.
 
         Raises:
             EngineError: engine and trainer disagree on the log-probs of the rollouts, or some
-                were sampled from other weights than the policy's.
+                were sampled from other weights than they may be.
             DivergedError: weights or log-probs are not finite.
         """
-        module, settings = self._module, self.settings
-        self.sync_engine()
+        module, keep = self._module, self.keeps_log_p_old
         prompts = self._prompts_of(index)
-        sampling = Sampling(
+        oldest = self._trained_from if self.settings.overlap else module.global_step
+        with self.clock("rollout"):
+            sampled = self._ahead.of(index)
+        ahead = sampled is not None
+        if sampled is None:
+            sampled = self._sample(index, prompts)
+        with self.clock("score"):
+            trajectories = self._trajectories(prompts, sampled)
+            self._refuse_stale(trajectories, index + 1, max(oldest, 0))
+            trajectories, scoring = self._scorer(
+                module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
+            )
+        self._engine_is_new = False
+        self.buffer.add(trajectories, index)
+        self._ahead.used()
+        self._trained_from = module.global_step
+        if index == 0:
+            module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
+        self.tokens_generated += sum(t.length for t in trajectories)
+        own = {
+            "rollout/engine_rebuilds": float(self.engine_rebuilds),
+            "rollout/staleness": float(ahead),
+        }
+        self.refill_metrics = {**rollout_metrics(trajectories), **scoring, **own}
+
+    @property
+    def keeps_log_p_old(self) -> LogPOld:
+        """Whose behaviour log-probs this run keeps.
+
+        `auto` is none where the objective does not use them and trajectories are only trained on
+        right after they were sampled: then the ratios tell of no more than one refill's updates.
+        """
+        chosen = self.settings.log_p_old
+        if chosen != "auto":
+            return chosen
+        if self.settings.overlap:  # a pass of the trainer would come when its weights have moved
+            return "engine"
+        used = self._module.uses_log_p_old or self.buffer.max_staleness > 0
+        return "auto" if used or self.settings.guard_min_p > 0 else "none"
+
+    def _sampling(self, index: int) -> Sampling:
+        settings = self.settings
+        return Sampling(
             settings.samples_per_prompt,
             settings.max_new_tokens,
             min_p=settings.guard_min_p,
             seed=random.Random(f"{self.seed}-{index}").randrange(2**31),
+            log_probs=self._scorer.prompts_with_log_probs(
+                self.keeps_log_p_old, is_first=self._engine_is_new
+            ),
         )
-        total = len(prompts) * settings.samples_per_prompt
+
+    def _sample(self, index: int, prompts: Sequence[Prompt]) -> Sampled:
+        """The responses of a refill from the policy's present weights."""
+        self.sync_engine()
+        total = len(prompts) * self.settings.samples_per_prompt
         with self.clock("rollout"):
-            completions = self.engine.generate(
+            groups = self.engine.generate(
                 [self._prompt_ids[p.id] for p in prompts],
-                sampling,
+                self._sampling(index),
                 lambda done, tokens: self._report("rollout", done, total, tokens),
             )
-        with self.clock("score"):
-            trajectories = self._trajectories(prompts, completions, index)
-            trajectories, scoring = self._scorer(module, self.engine, trajectories, index + 1)
-        self._refuse_stale(trajectories, index + 1)
-        self.buffer.add(trajectories, index)
-        if index == 0:
-            module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
-        self.tokens_generated += sum(t.length for t in trajectories)
-        rebuilds = {"rollout/engine_rebuilds": float(self.engine_rebuilds)}
-        self.refill_metrics = {**rollout_metrics(trajectories), **scoring, **rebuilds}
+        return Sampled(index, self.engine.policy_version, {}, groups)
+
+    def _sample_ahead(self, index: int) -> None:
+        """Begin to sample a refill from the weights that the training of the one before begins
+        with; nothing, if that was done, or if they are past (a run that did not sample ahead)."""
+        module = self._module
+        if self._ahead.is_begun or module.global_step != self._trained_from:
+            return
+        self.sync_engine()
+        with self.clock("score"):  # while both have the same weights
+            gap = self._scorer.check(module, self.engine, self.buffer.newest, index + 1)
+        self._ahead.begin(
+            self.engine,
+            [self._prompt_ids[p.id] for p in self._prompts_of(index)],
+            self._sampling(index),
+            Sampled(index, self.engine.policy_version, gap),
+            compared=self.settings.logp_gap_trajectories,
+        )
+
+    def _waiting(self, done: int, tokens: int) -> None:
+        total = self.settings.prompts_per_refill * self.settings.samples_per_prompt
+        self._report("rollout", done, total, tokens)
 
     def sync_engine(self) -> None:
         """Give the engine the policy's weights, unless it has them."""
@@ -157,6 +232,11 @@ class RolloutDataModule(L.LightningDataModule):
         if self.engine.policy_version != version:
             with self.clock("sync"):
                 self.engine.sync(policy_weights(self._module.policy), version)
+
+    def rest_engine(self) -> None:
+        """Let the engine give memory back, unless it is at work; the next sync takes it again."""
+        if self._engine is not None and not self._ahead.is_begun:
+            self._engine.rest()
 
     def check_engine(self) -> None:
         """Let the engine score what the policy scores too; for syncs that no refill follows.
@@ -168,7 +248,8 @@ class RolloutDataModule(L.LightningDataModule):
         self._scorer.check(self._module, self.engine, self.buffer.newest, refill)
 
     def close(self) -> None:
-        """Free the engine; safe to call twice."""
+        """Free the engine, and drop what it samples; safe to call twice."""
+        self._ahead.close()
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -176,8 +257,12 @@ class RolloutDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        with self.clock("rollout"):
+            ahead = self._ahead.state_dict()
         return {
             "updates_made": [self.buffer.refill, progress.processed],
+            "trained_from": self._trained_from,
+            "sampled_ahead": ahead,
             "refill_metrics": self.refill_metrics,
             "engine_rebuilds": self.engine_rebuilds,
             "buffer": self.buffer.state_dict(),
@@ -187,6 +272,9 @@ class RolloutDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state_dict["buffer"])
+        if self.settings.overlap:
+            self._ahead.load_state_dict(state_dict.get("sampled_ahead"))
+        self._trained_from = state_dict.get("trained_from", -1)
         refill, made = state_dict["updates_made"]
         self._made_before = (refill, made)
         self.refill_metrics = state_dict["refill_metrics"]
@@ -233,43 +321,54 @@ class RolloutDataModule(L.LightningDataModule):
 
     # --- trajectories ---------------------------------------------------------------------------
 
-    def _trajectories(
-        self, prompts: Sequence[Prompt], completions: Sequence[list[Completion]], index: int
-    ) -> list[Trajectory]:
+    def _trajectories(self, prompts: Sequence[Prompt], sampled: Sampled) -> list[Trajectory]:
         none = torch.zeros(0)
         trajectories = []
-        for number, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        for number, (prompt, group) in enumerate(zip(prompts, sampled.groups, strict=True)):
             for completion in group:
                 response = decode(self.tokenizer, completion.token_ids)
                 trajectories.append(
                     Trajectory(
                         prompt=prompt,
-                        group=index * self.settings.prompts_per_refill + number,
+                        group=sampled.refill * self.settings.prompts_per_refill + number,
                         prompt_ids=self._prompt_ids[prompt.id],
                         response_ids=completion.token_ids,
                         response=response,
                         truncated=completion.truncated,
                         formatted=self.task.is_formatted(response),
                         correct=self.task.is_correct(prompt, response),
-                        policy_version=self.engine.policy_version,
-                        log_p_old=torch.tensor(completion.log_probs),
+                        policy_version=sampled.policy_version,
+                        log_p_old=_behaviour(completion),
                         log_p_base=none,
                     )
                 )
         return trajectories
 
-    def _refuse_stale(self, trajectories: Sequence[Trajectory], refill: int) -> None:
+    def _refuse_stale(self, trajectories: Sequence[Trajectory], refill: int, oldest: int) -> None:
+        """Raises EngineError if any was sampled from weights older than those of update `oldest`,
+        or from others than the policy ever had."""
         version = self._module.global_step
-        stale = [t.policy_version for t in trajectories if t.policy_version != version]
+        stale = [v for t in trajectories if not oldest <= (v := t.policy_version) <= version]
         if stale:
             raise EngineError(
                 f"stale weights: {len(stale)} of {len(trajectories)} trajectories of refill "
                 f"{refill} were sampled from the policy of update {stale[0]}, but it has made "
-                f"{version}"
+                f"{version}" + (f", and may be behind to {oldest}" if oldest < version else "")
+            )
+
+    def _refuse_unknown(self) -> None:
+        """Raises EngineError where a resumed run asks more of the buffer than it was given."""
+        unknown = sum(bool(t.log_p_old.isnan().any()) for t in self.buffer)
+        if unknown and self.keeps_log_p_old != "none":
+            raise EngineError(
+                f"{unknown} trajectories of the replay buffer were kept without behaviour "
+                "log-probs, which this run needs: resume it with the strategy, buffer.log_p_old "
+                "and buffer.max_staleness of before"
             )
 
     def _note_rebuild(self, why: str) -> None:
         self.engine_rebuilds += 1
+        self._engine_is_new = True
         self._module.print(f"warning: {why}")
         if self.on_warning is not None:
             self.on_warning(why)
@@ -277,3 +376,11 @@ class RolloutDataModule(L.LightningDataModule):
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
         if self.on_progress is not None:
             self.on_progress(phase, done, total, tokens)
+
+
+def _behaviour(completion: Completion) -> torch.Tensor:
+    """Its log-probs (L,) in nats, NaN where nobody asked for them."""
+    length = len(completion.token_ids)
+    if not completion.log_probs:
+        return torch.full((length,), torch.nan)
+    return torch.tensor(completion.log_probs)

@@ -25,6 +25,8 @@ from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError
 from powerflow_lit.types import TrajectoryBatch
 
 Objective = Callable[..., LossOutput]
+# of the raw ratios of policy to behaviour, known without its log-probs only where they are all 1
+RAW_RATIOS = {"ess", "is_log_ratio_q05", "is_log_ratio_q50", "is_log_ratio_q95"}
 AlphaSchedule = Callable[[float, float], float]  # (alpha, progress in [0, 1]) -> alpha now
 
 
@@ -35,6 +37,7 @@ class PowerFlowModule(L.LightningModule):
         policy: causal language model to train, all of it or the adapter that it carries.
         objective: `(LossInputs, *, alpha, **calibration) -> LossOutput`, see `objectives`. One with
             `uses_log_z` also offers `mismatch` and `weight`, from which closed forms take log Z.
+            One without `uses_log_p_old` is taken to use the behaviour log-probs.
         log_z: where log Z comes from; unused where the objective has none.
         alpha, alpha_schedule: the power, and how it is used over training.
         format_penalty: psi of a response without the task's format, 0 or negative.
@@ -78,6 +81,7 @@ class PowerFlowModule(L.LightningModule):
         self._frozen = (base or frozen_base(policy, None),)
         self.strict_loading = not is_lora(policy)  # an adapter's checkpoint has no frozen weights
         self.uses_log_z = bool(getattr(objective, "uses_log_z", False))
+        self.uses_log_p_old = bool(getattr(objective, "uses_log_p_old", True))
         self.log_z = log_z if self.uses_log_z else LogZ()
         self.log_z.build(policy.config.get_text_config().hidden_size)
         self.objective = objective
@@ -139,6 +143,8 @@ class PowerFlowModule(L.LightningModule):
             self._skip_step(f"the loss is {float(output.loss.detach())}")
             return None
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
+        if self._ratios_unknown(batch):
+            self.step_metrics = {k: v for k, v in self.step_metrics.items() if k not in RAW_RATIOS}
         if self.uses_log_z:
             self.step_metrics["log_z_group"] = self.group_log_z(inputs)
         return self.loss_scale * output.loss
@@ -155,16 +161,24 @@ class PowerFlowModule(L.LightningModule):
         )
 
     def loss_inputs(self, batch: TrajectoryBatch, log_pf: Tensor) -> LossInputs:
-        """The objective's inputs, log Z still 0. log_pf (N, T) nats."""
+        """The objective's inputs, log Z still 0. log_pf (N, T) nats.
+
+        Behaviour log-probs that nobody kept are the policy's own, of which every ratio is 1.
+        """
+        old = batch.log_p_old
         return LossInputs(
             log_pf=log_pf,
             log_p_base=batch.log_p_base,
-            log_p_old=batch.log_p_old,
+            log_p_old=torch.where(old.isnan(), log_pf.detach().to(old.dtype), old),
             mask=batch.tokens.mask,
             log_z=log_pf.new_zeros(len(log_pf)),
             format_penalty=log_pf.new_tensor(self.format_penalty) * ~batch.formatted,
             prompt_index=batch.prompt_index,
         )
+
+    def _ratios_unknown(self, batch: TrajectoryBatch) -> bool:
+        is_older = (batch.policy_version != self.global_step).any()
+        return bool(is_older & batch.log_p_old.isnan().any())
 
     def estimate_log_z(self, inputs: LossInputs, batch: TrajectoryBatch, scores: Scores) -> Tensor:
         """log Z of each trajectory's prompt, (N,) nats; zeros where the objective has none."""
@@ -196,7 +210,8 @@ class PowerFlowModule(L.LightningModule):
     def calibrate(self, first_refill: TrajectoryBatch) -> None:
         """Fix what the strategy takes from the first refill: its constants and log Z's start.
 
-        The first refill is on-policy, so that the behaviour log-probs are the policy's own.
+        The first refill is on-policy, so that the behaviour log-probs are the policy's own, and
+        where none were kept those of the base, which the policy still is.
         """
         statistics = {"length_mean": first_refill.tokens.response_lengths.float().mean().item()}
         self.calibration = {
@@ -204,7 +219,8 @@ class PowerFlowModule(L.LightningModule):
             for name, value in self.calibrate_from.items()
         }
         if self.uses_log_z:
-            inputs = self.loss_inputs(first_refill, first_refill.log_p_old)
+            old, base = first_refill.log_p_old, first_refill.log_p_base
+            inputs = self.loss_inputs(first_refill, torch.where(old.isnan(), base, old))
             mismatch, weight = self.mismatch_and_weight(inputs)
             self.log_z.initialise(-float((weight * mismatch).sum() / weight.sum()))
 

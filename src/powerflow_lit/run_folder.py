@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,7 +116,8 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """What samples.jsonl and the W&B table say of a rollout; log-probs summed, in nats.
 
-    `format_penalty` is the strategy's psi of a response without the format.
+    `format_penalty` is the strategy's psi of a response without the format; `log_pf` is None where
+    no behaviour log-probs are kept.
     """
     return [
         {
@@ -124,12 +126,17 @@ def sample_rows(
             "response": t.response,
             "length": t.length,
             "log_p_base": float(t.log_p_base.sum()),
-            "log_pf": float(t.log_p_old.sum()),
+            "log_pf": _sum_or_none(t.log_p_old),
             "format_penalty": 0.0 if t.formatted else format_penalty,
             "correct": t.correct,
         }
         for t in trajectories
     ]
+
+
+def _sum_or_none(log_probs: Any) -> float | None:
+    total = float(log_probs.sum())
+    return None if math.isnan(total) else total
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from powerflow_lit.rollout.engine import NonFiniteRolloutError
 from powerflow_lit.tasks.base import mean
 from powerflow_lit.types import AllowedTokens, TokenBatch, Trajectory
 
-LogPOld = Literal["auto", "engine", "trainer"]
+LogPOld = Literal["auto", "engine", "trainer", "none"]
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 Progress = Callable[[str, int, int, int], None]  # phase, done, total, tokens
 
@@ -30,6 +31,7 @@ class RolloutSettings:
     max_new_tokens: int
     max_prompt_tokens: int
     log_p_old: LogPOld  # whose behaviour log-probs the buffer keeps
+    overlap: bool  # a refill is sampled while the one before it is trained on
     logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
     logp_gap_limit: float  # nats, largest tolerated difference of one token
     tokens_per_microbatch: int  # of the scoring passes
@@ -48,6 +50,18 @@ class Scorer:
     def __init__(self, settings: RolloutSettings, *, pad_id: int, report: Progress) -> None:
         self.settings, self.pad_id, self._report = settings, pad_id, report
 
+    def prompts_with_log_probs(self, keep: LogPOld, *, is_first: bool) -> int | None:
+        """How many prompts' responses, from the first on, must come with log-probs; None: all.
+
+        Where none are used, those that are compared still come so from a new engine's first refill:
+        they tell of its decoding, `engine.score` of its weights only. Every refill would pay for
+        them as if all had been asked for (docs/performance.md).
+        """
+        if keep == "engine" or (keep == "auto" and self.settings.guard_min_p == 0):
+            return None
+        compared = self.settings.logp_gap_trajectories
+        return math.ceil(compared / self.settings.samples_per_prompt) if is_first else 0
+
     @torch.no_grad()
     def __call__(
         self,
@@ -55,11 +69,16 @@ class Scorer:
         engine: RolloutEngine,
         trajectories: list[Trajectory],
         refill: int,
+        keep: LogPOld,
+        gap: dict[str, float] | None = None,
     ) -> tuple[list[Trajectory], dict[str, float]]:
-        """With base log-probs, and behaviour log-probs from the engine or the trainer.
+        """With base log-probs, and behaviour log-probs as `keep` says.
 
         Under a guard both are over the allowed tokens, which the trajectories then carry; what is
         compared with the engine is always over the full vocabulary, as the engine reports it.
+
+        Args:
+            gap: of engine and trainer, where they were compared before the policy moved on.
 
         Raises:
             EngineError: engine and trainer disagree on the log-probs of the rollouts.
@@ -67,27 +86,23 @@ class Scorer:
         """
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         if self.settings.guard_min_p > 0:
-            return self._under_guard(module, engine, trajectories, refill)
+            return self._under_guard(module, engine, trajectories, refill, keep)
         with module.frozen.model() as base:
             log_p_base = self._log_probs(module, base, rows, "score")
-        few = rows[: self.settings.logp_gap_trajectories]
-        ours = self._log_probs(module, module.policy, few)
-        theirs = [t.log_p_old for t in trajectories[: len(few)]]
-        gap = self._gap(module, engine, ours, theirs, refill)
+        if gap is None:
+            few = trajectories[: self.settings.logp_gap_trajectories]
+            ours = self._log_probs(module, module.policy, rows[: len(few)])
+            gap = self._compared(module, engine, few, ours, refill, keep)
+        scored = [replace(t, log_p_base=b) for t, b in zip(trajectories, log_p_base, strict=True)]
+        if keep == "none":
+            return scored, gap
         mean_length = mean([t.length for t in trajectories])
-        use_engine = self.settings.log_p_old == "engine" or (
-            self.settings.log_p_old == "auto"
-            and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
+        use_engine = keep == "engine" or (
+            keep == "auto" and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
         )
-        log_p_old = (
-            [t.log_p_old for t in trajectories]
-            if use_engine
-            else self._log_probs(module, module.policy, rows)
-        )
-        scored = [
-            replace(t, log_p_base=b, log_p_old=o)
-            for t, b, o in zip(trajectories, log_p_base, log_p_old, strict=True)
-        ]
+        if not use_engine:
+            own = self._log_probs(module, module.policy, rows)
+            scored = [replace(t, log_p_old=o) for t, o in zip(scored, own, strict=True)]
         return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
 
     def check(
@@ -96,8 +111,8 @@ class Scorer:
         engine: RolloutEngine,
         trajectories: Sequence[Trajectory],
         refill: int,
-    ) -> None:
-        """Let the engine score trajectories that the policy scores too.
+    ) -> dict[str, float]:
+        """Let the engine score trajectories that the policy scores too; how far they differ.
 
         Raises:
             EngineError: they disagree on the log-probs of the same tokens.
@@ -107,7 +122,31 @@ class Scorer:
         rows = rows[: self.settings.logp_gap_trajectories]
         ours = self._log_probs(module, module.policy, rows)
         theirs = [torch.tensor(row) for row in engine.score(rows)]
-        self._gap(module, engine, ours, theirs, refill)
+        return self._gap(module, engine, ours, theirs, refill)
+
+    def _compared(
+        self,
+        module: PowerFlowModule,
+        engine: RolloutEngine,
+        few: Sequence[Trajectory],
+        ours: Sequence[torch.Tensor],
+        refill: int,
+        keep: LogPOld,
+    ) -> dict[str, float]:
+        """The gap on a few trajectories, as they were sampled or as the engine scores them.
+
+        Where only a new engine's first refill comes with log-probs, those are compared and not
+        logged: a run that was stopped and resumed logs what one never touched does.
+        """
+        sampled = [t.log_p_old for t in few]
+        known = not any(bool(row.isnan().any()) for row in sampled)
+        if known:
+            gap = self._gap(module, engine, ours, sampled, refill)
+        if known and self.prompts_with_log_probs(keep, is_first=False) is None:
+            return gap
+        rows = [(t.prompt_ids, t.response_ids) for t in few]
+        theirs = [torch.tensor(row) for row in engine.score(rows)]
+        return self._gap(module, engine, ours, theirs, refill)
 
     def _under_guard(
         self,
@@ -115,18 +154,19 @@ class Scorer:
         engine: RolloutEngine,
         trajectories: list[Trajectory],
         refill: int,
+        keep: LogPOld,
     ) -> tuple[list[Trajectory], dict[str, float]]:
         """The same over the tokens that the policy, as it is at this refill, allows."""
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         guarded = self._guarded(module, rows)
-        few = [g.log_prob_full for g in guarded[: self.settings.logp_gap_trajectories]]
-        theirs = [t.log_p_old for t in trajectories[: len(few)]]
-        gap = self._gap(module, engine, few, theirs, refill)
+        few = trajectories[: self.settings.logp_gap_trajectories]
+        ours = [g.log_prob_full for g in guarded[: len(few)]]
+        gap = self._compared(module, engine, few, ours, refill, keep)
         allowed = [g.allowed for g in guarded]
         with module.frozen.model() as base:
             log_p_base = self._log_probs(module, base, rows, "score", allowed)
         # the pass that finds the allowed tokens also yields the trainer's log-probs
-        use_engine = self.settings.log_p_old == "engine"
+        use_engine = keep == "engine"
         scored = [
             replace(
                 t,

@@ -28,6 +28,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    log_probs: int | None = None  # prompts, from the first on, with log-probs; None is all of them
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Completion:
     """One response as an engine returns it."""
 
     token_ids: tuple[int, ...]  # end-of-sequence included when it was generated
-    log_probs: tuple[float, ...]  # behaviour log-probs at temperature 1, nats, one a token
+    # behaviour log-probs at temperature 1, nats, one a token; none where they were not asked for
+    log_probs: tuple[float, ...]
     truncated: bool  # cut at max_new_tokens
 
 

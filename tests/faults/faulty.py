@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from powerflow_lit.objectives import BalanceObjective, LossInputs, LossOutput
+from powerflow_lit.rollout import EngineError
 from powerflow_lit.rollout.hf_engine import HfEngine
 from powerflow_lit.rollout.vllm_engine import VllmEngine
 from powerflow_lit.types import Completion
@@ -93,3 +95,30 @@ class PoisonedVllmEngine(VllmEngine):
 def _not_finite(groups: Sequence[Sequence[Completion]]) -> int:
     found = [torch.tensor(c.log_probs) for group in groups for c in group]
     return sum(not bool(x.isfinite().all()) for x in found)
+
+
+class FailingEngine(HfEngine):
+    """Falls over as it samples for the second time: in the thread, where a run samples ahead."""
+
+    generations: ClassVar[int] = 0
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
+        FailingEngine.generations += 1
+        if FailingEngine.generations == 2:
+            raise EngineError(f"fell over in thread '{threading.current_thread().name}'")
+        return super().generate(*args, **kwargs)
+
+
+class NanOnceEngine(HfEngine):
+    """Its log-probs are NaN as it samples for the second time, whichever engine of the process."""
+
+    generations: ClassVar[int] = 0
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
+        NanOnceEngine.generations += 1
+        groups = super().generate(*args, **kwargs)
+        if NanOnceEngine.generations != 2:
+            return groups
+        return [
+            [replace(c, log_probs=(float("nan"),) * len(c.log_probs)) for c in g] for g in groups
+        ]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from powerflow_lit.models.embedded import folder_of
 from powerflow_lit.models.loading import load_model
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.rollout import EngineError, RolloutEngine
-from powerflow_lit.rollout.engine import EngineSpec, NonFiniteWeightsError
+from powerflow_lit.rollout.engine import EngineSpec, NonFiniteRolloutError, NonFiniteWeightsError
 from powerflow_lit.rollout.hf_engine import HfEngine
 from powerflow_lit.types import Sampling
 
@@ -30,7 +31,7 @@ def vllm_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
 
     return VllmEngine(
         spec(policy, path), dtype="float32", max_num_seqs=64, kv_cache_gb=1,
-        gpu_memory_utilization=0.3, enforce_eager=True, extra={},
+        gpu_memory_utilization=0.3, enforce_eager=True, sleep=False, extra={},
     )  # fmt: skip
 
 
@@ -81,7 +82,9 @@ def own_log_probs(
     return [float(log_probs[row, token]) for row, token in zip(rows, response, strict=True)]
 
 
-def test_the_contract_of_an_engine(engine: RolloutEngine, policy: PreTrainedModel) -> None:
+def test_the_contract_of_an_engine(
+    engine: RolloutEngine, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(EngineError, match="before the first sync"):
         engine.generate(PROMPTS, SAMPLING)
     weights = policy_weights(policy)
@@ -119,6 +122,15 @@ def test_the_contract_of_an_engine(engine: RolloutEngine, policy: PreTrainedMode
     same_prompt = engine.generate([PROMPTS[0], PROMPTS[0]], SAMPLING)
     assert {c.token_ids for c in same_prompt[0]} != {c.token_ids for c in same_prompt[1]}
 
+    # log-probs are given to the first prompts, as many as are asked for, and change no token
+    for sampling in (SAMPLING, replace(SAMPLING, temperature=0.0)):
+        with_all = engine.generate(PROMPTS, sampling)
+        for asked in (0, 1, 3):
+            found = engine.generate(PROMPTS, replace(sampling, log_probs=asked))
+            for number, (group, whole) in enumerate(zip(found, with_all, strict=True)):
+                expected = [c if number < asked else replace(c, log_probs=()) for c in whole]
+                assert group == expected
+
     # a partial, foreign or non-finite set of weights never reaches the engine
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(EngineError, match=f"missing.*{name}"):
@@ -139,6 +151,13 @@ def test_the_contract_of_an_engine(engine: RolloutEngine, policy: PreTrainedMode
     completion = engine.generate(PROMPTS, SAMPLING)[0][0]
     expected = own_log_probs(moved, PROMPTS[0], completion.token_ids)
     assert completion.log_probs == pytest.approx(expected, abs=1e-4)
+
+    # logits that are no numbers are found also where nobody asks for log-probs
+    for module in ("hf_engine", "vllm_engine"):
+        monkeypatch.setattr(f"powerflow_lit.rollout.{module}.check_weights", lambda *_: None)
+    engine.sync({**weights, name: torch.full_like(weights[name], math.nan)}, 7)
+    with pytest.raises(NonFiniteRolloutError, match="NaN or inf"):
+        engine.generate(PROMPTS, replace(SAMPLING, log_probs=0))
 
 
 def test_a_tied_output_layer_is_synced_too_whatever_the_number_of_threads(tmp_path: Path) -> None:

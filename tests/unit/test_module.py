@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from powerflow_lit.objectives import (
     la_tb_mismatch,
     powerflow,
     tb_token_mismatch,
+    token_variance,
 )
 from powerflow_lit.schedules import anneal, constant
 from powerflow_lit.types import TokenBatch, TrajectoryBatch
@@ -237,6 +239,56 @@ def test_policy_and_head_are_clipped_apart_and_a_non_finite_gradient_skips_the_s
     optimizer.step()
     assert trained.skipped_steps == 1
     assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+
+
+def unkept(data: TrajectoryBatch) -> TrajectoryBatch:
+    return TrajectoryBatch(**{**vars(data), "log_p_old": torch.full_like(data.log_p_old, math.nan)})
+
+
+def test_behaviour_log_probs_that_nobody_kept_change_no_gradient_of_an_unweighted_strategy() -> (
+    None
+):
+    unweighted = BalanceObjective(la_tb_mismatch, NO_WEIGHT)
+    assert not unweighted.uses_log_p_old
+    known, unknown = (module(FixedLogZ(value=-0.7), objective=unweighted) for _ in range(2))
+    data = batch()
+    for trained in (known, unknown):
+        with torch.no_grad():  # moved on since the rollouts were sampled
+            trained.policy.lm_head.weight.mul_(1.05)
+    without = unkept(data)
+    assert torch.equal(step(known, data), step(unknown, without))
+    assert torch.equal(gradients(known), gradients(unknown))
+    names = {"ess", "is_log_ratio_q05", "is_log_ratio_q50", "is_log_ratio_q95"}
+    assert names <= known.step_metrics.keys()
+    # sampled from the very weights, as policy_version says: every ratio is 1
+    assert unknown.step_metrics["ess"] == 1
+    assert unknown.step_metrics["is_log_ratio_q95"] == 0
+    older = TrajectoryBatch(**{**vars(without), "policy_version": data.policy_version - 1})
+    unknown.training_step(older, 1)
+    assert unknown.step_metrics.keys() == known.step_metrics.keys() - names
+    assert all(bool(value.isfinite()) for value in unknown.step_metrics.values())
+    assert unknown.step_metrics["is_weight_mean"] == 1
+
+
+def test_log_z_starts_from_the_base_where_no_behaviour_log_probs_are_kept() -> None:
+    known, unknown = module(EmaLogZ(rate=0.1)), module(EmaLogZ(rate=0.1))
+    data = batch()  # of the base, which the policy still is
+    known.calibrate(data)
+    unknown.calibrate(unkept(data))
+    states = known.log_z.state_dict(), unknown.log_z.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_only_pieces_of_this_package_are_known_not_to_read_behaviour_log_probs() -> None:
+    def mine(inputs: Any, *, alpha: float) -> Tensor:
+        return la_tb_mismatch(inputs, alpha=alpha) + inputs.log_p_old.sum(1)
+
+    assert not BalanceObjective(la_tb_mismatch, NO_WEIGHT).uses_log_p_old
+    assert not BalanceObjective(partial(la_tb_mismatch), NO_WEIGHT, token_variance).uses_log_p_old
+    assert BalanceObjective(la_tb_mismatch, EQ_10).uses_log_p_old
+    assert BalanceObjective(mine, NO_WEIGHT).uses_log_p_old
+    assert module(FixedLogZ(value=0.0), objective=lambda *_, **__: None).uses_log_p_old
 
 
 def test_a_nan_log_prob_skips_the_step() -> None:

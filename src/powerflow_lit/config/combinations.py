@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from powerflow_lit.config.rules import one_of, require
 from powerflow_lit.config.schema import TrainConfig
 
@@ -9,6 +11,7 @@ from powerflow_lit.config.schema import TrainConfig
 def check_combinations(config: TrainConfig) -> None:
     """What strategy, log Z, alpha and the sizes of a refill ask of each other."""
     _check_updates(config)
+    _check_log_p_old(config)
     is_rl = _is_rl(config)
     require(
         not is_rl or config.alpha > 1,
@@ -76,6 +79,32 @@ def _check_updates(config: TrainConfig) -> None:
         per_update is None or per_update <= held,
         f"buffer.prompts_per_update={per_update}: the buffer holds {held} prompt groups at most "
         f"(rollout.prompts_per_refill={prompts}, buffer.max_staleness={buffer.max_staleness})",
+    )
+
+
+def _check_log_p_old(config: TrainConfig) -> None:
+    chosen, overlap = config.buffer.log_p_old, config.rollout.overlap
+    weight = config.strategy.objective.get("weight")
+    kind = weight.get("kind", "none") if isinstance(weight, Mapping) else "none"
+    require(
+        chosen != "none" or kind == "none",
+        f"buffer.log_p_old=none with strategy.objective.weight.kind={kind}: the importance weight "
+        "needs the behaviour log-probs: take auto, engine or trainer",
+    )
+    require(
+        not overlap or chosen in ("auto", "engine"),
+        f"buffer.log_p_old={chosen} with rollout.overlap=true: when the rollouts are there, the "
+        "trainer's weights have moved on, so the engine's log-probs are kept: take auto or engine",
+    )
+    require(
+        not overlap or not config.rollout.engine.get("sleep"),
+        "rollout.engine.sleep=true with rollout.overlap=true: the engine is at work while the "
+        "trainer makes updates, so it cannot give its memory away: set one of them to false",
+    )
+    require(
+        not overlap or config.guard.min_p == 0,
+        f"guard.min_p={config.guard.min_p} with rollout.overlap=true: what the guard allows is "
+        "found by the trainer, whose weights have moved on: take guard=none or overlap=false",
     )
 
 

@@ -189,7 +189,7 @@ def _check_rollouts(config: TrainConfig) -> None:
     at_least(0, {"buffer.max_staleness": buffer.max_staleness})
     positive({"rollout.logp_gap_limit": rollout.logp_gap_limit})
     _check_chunk(config.logit_chunk_mb)
-    one_of("buffer.log_p_old", buffer.log_p_old, ("auto", "engine", "trainer"))
+    one_of("buffer.log_p_old", buffer.log_p_old, ("auto", "engine", "trainer", "none"))
 
 
 def _check_optimizer(config: TrainConfig) -> None:

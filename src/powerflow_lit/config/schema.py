@@ -76,6 +76,7 @@ class RolloutConfig:
     max_prompt_tokens: int = MISSING
     logp_gap_trajectories: int = MISSING
     logp_gap_limit: float = MISSING
+    overlap: bool = MISSING
     engine: dict[str, Any] = MISSING
 
 

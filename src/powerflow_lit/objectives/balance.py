@@ -100,6 +100,12 @@ class BalanceObjective:
     spread: Callable[..., Tensor] | None = None
     uses_log_z: bool = True
 
+    @property
+    def uses_log_p_old(self) -> bool:
+        """Whether behaviour log-probs may change the loss; pieces of others are taken to."""
+        pieces = [piece for piece in (self.mismatch, self.spread) if piece is not None]
+        return self.weight.is_used or not all(map(_is_ours, pieces))
+
     def __call__(self, inputs: LossInputs, *, alpha: float, **calibration: float) -> LossOutput:
         inputs = checked(inputs)
         d = inputs.log_z + self.mismatch(inputs, alpha=alpha, **calibration)  # (N,)
@@ -170,6 +176,12 @@ def trajectory_metrics(inputs: LossInputs, residual: Tensor, weights: Weights) -
         "kl_base": (S - B).sum() / tokens,
         **weight_metrics(weights),
     }
+
+
+def _is_ours(piece: Callable[..., Tensor]) -> bool:
+    """Whether it is of this package, where no mismatch reads `log_p_old`."""
+    function = piece.func if isinstance(piece, partial) else piece
+    return getattr(function, "__module__", "").startswith("powerflow_lit.")
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:

@@ -130,6 +130,11 @@ class PolicyGradientObjective:
     weight: ImportanceWeight
     uses_log_z: bool = False
 
+    @property
+    def uses_log_p_old(self) -> bool:
+        """Whether behaviour log-probs change the loss."""
+        return self.weight.is_used
+
     def __post_init__(self) -> None:
         if self.energy not in get_args(Energy):
             raise ObjectiveError(f"energy '{self.energy}' is none of {get_args(Energy)}")

@@ -53,6 +53,11 @@ class ImportanceWeight:
         if self.epsilon_high is not None and not self.epsilon_high > 0:
             raise ObjectiveError(f"epsilon_high={self.epsilon_high} must be positive, or null")
 
+    @property
+    def is_used(self) -> bool:
+        """Whether any weight differs from 1: only then do behaviour log-probs matter."""
+        return self.kind != "none"
+
     @torch.no_grad()
     def __call__(self, inputs: LossInputs) -> Weights:
         log_ratio = (inputs.log_pf - inputs.log_p_old).detach()  # (N, T)

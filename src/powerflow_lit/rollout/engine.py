@@ -77,6 +77,7 @@ class RolloutEngine(Protocol):
         `on_progress(responses finished, tokens of those)` is called for each token or so; what it
         raises ends the work, and leaves the engine usable.
         `max_new_tokens` gives each prompt a limit of its own in place of the sampling's.
+        Whether log-probs are asked for (`sampling.log_probs`) changes no token.
         """
         ...
 
@@ -84,6 +85,13 @@ class RolloutEngine(Protocol):
         """Log-probs (nats) of given responses after given prompts, one list a row.
 
         A row that fills the model's whole context may lack its last token.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Give memory back that the next `sync` takes again; may do nothing.
+
+        An engine that did has no weights: its `policy_version` is -1.
         """
         ...
 

@@ -87,6 +87,8 @@ class HfEngine:
         if self.policy_version < 0:
             raise EngineError("generate before the first sync")
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
+        with_log_probs = len(prompts) if sampling.log_probs is None else sampling.log_probs
+        scored = with_log_probs * sampling.samples_per_prompt  # responses
         rows = [
             (list(prompt), limit)
             for prompt, limit in zip(prompts, limits, strict=True)
@@ -99,9 +101,8 @@ class HfEngine:
             torch.manual_seed(sampling.seed)
             for start in range(0, len(rows), self._sequences_per_batch):
                 tick = _tick(on_progress, len(completions), tokens)
-                batch = self._generate(
-                    rows[start : start + self._sequences_per_batch], sampling, tick
-                )
+                chosen = rows[start : start + self._sequences_per_batch]
+                batch = self._generate(chosen, sampling, tick, max(scored - start, 0))
                 completions += batch
                 tokens += sum(len(c.token_ids) for c in batch)
                 if on_progress is not None:
@@ -123,12 +124,20 @@ class HfEngine:
             for row, (_, response) in zip(scores.log_prob.cpu(), rows, strict=True)
         ]
 
+    def rest(self) -> None:
+        """Nothing: it holds no memory but its copy of the policy."""
+
     def close(self) -> None:
         self._model, self.policy_version = None, -1
 
     def _generate(
-        self, rows: list[tuple[list[int], int]], sampling: Sampling, tick: StoppingCriteriaList
+        self,
+        rows: list[tuple[list[int], int]],
+        sampling: Sampling,
+        tick: StoppingCriteriaList,
+        scored: int,
     ) -> list[Completion]:
+        """Completions of (prompt ids, limit) rows, the first `scored` of them with log-probs."""
         prompts = [prompt for prompt, _ in rows]
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
@@ -158,9 +167,14 @@ class HfEngine:
         found = zip(output[:, width:].tolist(), rows, strict=True)
         responses = [self._cut(ids)[:limit] for ids, (_, limit) in found]
         # generate's own scores are (T, N, V): a second pass needs far less memory
-        scores = self.score(list(zip(prompts, responses, strict=True)))
+        few = list(zip(prompts, responses, strict=True))[:scored]
+        scores = self.score(few) if few else []
         return [
-            Completion(tuple(ids), tuple(scores[i]), truncated=ids[-1] not in self._eos_ids)
+            Completion(
+                tuple(ids),
+                tuple(scores[i]) if i < len(scores) else (),
+                truncated=ids[-1] not in self._eos_ids,
+            )
             for i, ids in enumerate(responses)
         ]
 

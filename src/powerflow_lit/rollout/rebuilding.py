@@ -76,7 +76,8 @@ class RebuildingEngine:
         """As any engine's.
 
         Raises:
-            EngineError: a response without a token, or with other than one log-prob a token.
+            EngineError: a response without a token, or with other than one log-prob a token
+                where they were asked for.
             NonFiniteRolloutError: not even a new engine's log-probs are finite.
         """
 
@@ -84,12 +85,29 @@ class RebuildingEngine:
             limits = max_new_tokens
             return self._engine.generate(prompts, sampling, on_progress, max_new_tokens=limits)
 
-        def log_probs(groups: list[list[Completion]]) -> list[Sequence[float]]:
-            return [c.log_probs for group in groups for c in group]
-
-        groups = self._finite(ask, log_probs)
-        self._refuse_torn(groups)
+        groups = self._finite(ask, _log_probs)
+        self._refuse_torn(groups, sampling)
         return groups
+
+    def generate_as_it_is(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[list[Completion]]:
+        """The same without a new engine, which would have the weights that the policy has by now.
+
+        Raises:
+            EngineError, NonFiniteRolloutError: see `generate`; the engine may be poisoned.
+        """
+        groups = self._engine.generate(prompts, sampling, on_progress)
+        _checked(groups, _log_probs)
+        self._refuse_torn(groups, sampling)
+        return groups
+
+    def score_as_it_is(self, rows: Sequence[Row]) -> list[list[float]]:
+        """`score`, without a new engine."""
+        return _checked(self._engine.score(rows), list)
 
     def score(self, rows: Sequence[Row]) -> list[list[float]]:
         """As any engine's.
@@ -98,6 +116,9 @@ class RebuildingEngine:
             NonFiniteRolloutError: not even a new engine's log-probs are finite.
         """
         return self._finite(lambda: self._engine.score(rows), list)
+
+    def rest(self) -> None:
+        self._engine.rest()
 
     def close(self) -> None:
         self._engine.close()
@@ -124,16 +145,21 @@ class RebuildingEngine:
                 "Try a lower optimizer.lr, or model.dtype=float32 and model.engine_dtype=float32"
             ) from error
 
-    def _refuse_torn(self, groups: Sequence[Sequence[Completion]]) -> None:
+    def _refuse_torn(self, groups: Sequence[Sequence[Completion]], sampling: Sampling) -> None:
         for number, group in enumerate(groups):
+            asked = sampling.log_probs is None or number < sampling.log_probs
             for completion in group:
                 tokens, log_probs = len(completion.token_ids), len(completion.log_probs)
-                if tokens == 0 or tokens != log_probs:
+                if tokens == 0 or (asked and tokens != log_probs):
                     raise EngineError(
                         f"the engine {self.name} returned a response of {tokens} tokens with "
                         f"{log_probs} log-probs for prompt {number}: every response holds at least "
                         "its end-of-sequence token, and a log-prob for each"
                     )
+
+
+def _log_probs(groups: list[list[Completion]]) -> list[Sequence[float]]:
+    return [c.log_probs for group in groups for c in group]
 
 
 def _checked(answer: Answer, log_probs: Callable[[Answer], list[Sequence[float]]]) -> Answer:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,104 +13,17 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from powerflow_lit.models.lora import policy_weights
-from powerflow_lit.rollout.engine import EngineError, EngineSpec, check_weights
+from powerflow_lit.rollout.engine import (
+    EngineError,
+    EngineSpec,
+    NonFiniteRolloutError,
+    check_weights,
+)
+from powerflow_lit.rollout.host_state import classes_kept, group_kept, trainer_state_kept
 from powerflow_lit.types import Completion, Sampling
 
 # Requests of one prompt take seeds s, s+1, ...: prompts must be further apart than that.
 SEED_STRIDE = 4096
-
-
-@cache
-def kernel_threads() -> int:
-    """Threads of vLLM's kernels on the CPU: those that torch had when vLLM was first used.
-
-    vLLM 0.32 never asks again; with another number its decoding is wrong, by half a nat a token.
-    """
-    return torch.get_num_threads()
-
-
-@contextmanager
-def trainer_state_kept() -> Iterator[None]:
-    """Undo what vLLM does to its host process: random state, threads, environment, excepthook.
-
-    Building the engine reseeds torch, numpy and random, and even seeded requests consume the
-    global torch generator; on the CPU `torch.set_num_threads` is replaced by a no-op. Of the
-    environment only vLLM's own settings stay, `VLLM_...`, which it reads as it works.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    environment, excepthook = dict(os.environ), sys.excepthook
-    if not torch.cuda.is_available() and kernel_threads() != threads:
-        torch.set_num_threads(kernel_threads())
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        torch.set_num_threads = set_threads
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        for name in os.environ.keys() - environment.keys():
-            if not name.startswith("VLLM_"):
-                del os.environ[name]
-        os.environ.update(environment)
-        sys.excepthook = excepthook
-
-
-@contextmanager
-def group_kept(group: Any) -> Iterator[None]:
-    """Let the trainer's default process group outlive vLLM's shutdown, which destroys it.
-
-    Args:
-        group: the default group from before the engine; None if there was none, and then the
-            one that vLLM made goes with it.
-    """
-    destroy = dist.destroy_process_group
-
-    def destroy_others(which: Any = None) -> None:
-        if which is not None and which is not group:
-            destroy(which)
-
-    if group is not None:
-        dist.destroy_process_group = destroy_others  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        dist.destroy_process_group = destroy
-
-
-@contextmanager
-def classes_kept(policy: nn.Module, engine_model: Callable[[Callable], Any]) -> Iterator[None]:
-    """Undo what building an engine does to the classes of the policy's modules.
-
-    Of an architecture without code of its own (GPT-NeoX), vLLM runs the class of `transformers`
-    and rewrites it in place for compilation: models of the trainer would fail in their next
-    forward pass. The rewriting moves to a subclass, which only the engine's model has.
-
-    Args:
-        engine_model: `engine_model(f)` calls `f` with the model that was built.
-    """
-    before = {cls: (cls.__bases__, dict(vars(cls))) for cls in {type(m) for m in policy.modules()}}
-    try:
-        yield
-    finally:
-        for cls, (bases, names) in before.items():
-            changed = {k: v for k, v in vars(cls).items() if names.get(k) is not v}
-            if not changed:
-                continue
-            added = [base for base in cls.__bases__ if base not in bases]
-            rewritten = type(cls.__name__, (cls, *added), changed)
-            engine_model(partial(_move_to_subclass, cls, rewritten))
-            cls.__bases__ = bases
-            for name in changed:
-                if name in names:
-                    setattr(cls, name, names[name])
-                else:
-                    delattr(cls, name)
 
 
 def tied_names(model: nn.Module) -> set[str]:
@@ -132,10 +40,23 @@ def as_in_files(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[s
     return dict(revert_weight_conversion(model, dict(weights)))
 
 
-def _move_to_subclass(cls: type, subclass: type, model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is cls:
-            module.__class__ = subclass
+class FiniteLogits:
+    """Whether all logits were numbers since the last `take`; a forward hook of the layer.
+
+    Where no log-probs are asked for, nothing else would tell: vLLM samples some token from NaN.
+    """
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None  # on the device, so that no step waits for it
+
+    def __call__(self, module: nn.Module, inputs: Any, logits: Tensor | None) -> None:
+        if logits is not None:
+            finite = logits.sum(dtype=torch.float32).isfinite()
+            self._finite = finite if self._finite is None else self._finite & finite
+
+    def take(self) -> bool:
+        finite, self._finite = self._finite, None
+        return finite is None or bool(finite)
 
 
 class VllmEngine:
@@ -150,6 +71,7 @@ class VllmEngine:
         max_num_seqs: sequences decoded at once.
         kv_cache_gb: key-value cache on the CPU, GB; on a GPU `gpu_memory_utilization` counts.
         enforce_eager: no compilation or CUDA graphs.
+        sleep: on a GPU, give the engine's memory to the trainer while it makes updates.
         extra: further `vllm.LLM` arguments.
 
     Raises:
@@ -167,6 +89,7 @@ class VllmEngine:
         kv_cache_gb: int,
         gpu_memory_utilization: float,
         enforce_eager: bool,
+        sleep: bool,
         extra: Mapping[str, Any],
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
@@ -188,6 +111,10 @@ class VllmEngine:
             "generation_config": "vllm",
             **extra,
         }
+        self._sleeps = sleep and torch.cuda.is_available()
+        self._is_asleep = False
+        if self._sleeps:
+            arguments["enable_sleep_mode"] = True
         if torch.cuda.is_available():
             arguments.setdefault("gpu_memory_utilization", gpu_memory_utilization)
         else:
@@ -222,16 +149,26 @@ class VllmEngine:
         self._policy, self._eos_ids = spec.policy, spec.eos_ids
         self._room = _room(spec)
         self._requests = 0
+        self._logits = FiniteLogits()
+        self._apply(self._watch_logits)
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         check_weights(weights, self._weight_names)
         with trainer_state_kept():
             sent = {name: t.detach() for name, t in weights.items() if name not in self._unsent}
             iterator = iter(as_in_files(self._policy, sent).items())
+            if (
+                self._is_asleep
+            ):  # room for the weights first: the trainer's caches may fill the rest
+                self._llm.wake_up(tags=["weights"])
             try:
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
             except ValueError as error:
                 raise EngineError(f"vLLM refuses the policy's weights: {error}") from error
+            if self._is_asleep:
+                torch.cuda.empty_cache()
+                self._llm.wake_up(tags=["kv_cache"])
+                self._is_asleep = False
             self._llm.reset_prefix_cache()  # its keys and values are the old weights'
         self.policy_version = policy_version
 
@@ -247,6 +184,7 @@ class VllmEngine:
         # vLLM refuses several greedy samples of a prompt, which would be copies
         distinct = 1 if sampling.temperature == 0 else sampling.samples_per_prompt
         copies = sampling.samples_per_prompt // distinct
+        with_log_probs = len(prompts) if sampling.log_probs is None else sampling.log_probs
         requests = [
             (
                 list(prompt),
@@ -258,7 +196,7 @@ class VllmEngine:
                     max_tokens=limit,
                     seed=sampling.seed + SEED_STRIDE * index,
                     stop_token_ids=list(self._eos_ids),
-                    logprobs=0,
+                    logprobs=0 if index < with_log_probs else None,
                     detokenize=False,
                     output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
                 ),
@@ -279,6 +217,12 @@ class VllmEngine:
             places = zip(result.prompt_logprobs[len(prompt) :], ids[len(prompt) :], strict=True)
             scores.append([entry[token].logprob for entry, token in places])
         return scores
+
+    def rest(self) -> None:
+        if self._sleeps and not self._is_asleep:
+            with trainer_state_kept():
+                self._llm.sleep(level=2)  # weights and cache are gone, not moved
+            self._is_asleep, self.policy_version = True, -1
 
     def close(self) -> None:
         # LLM has no shutdown of its own; without this the engine's threads and memory stay
@@ -315,6 +259,13 @@ class VllmEngine:
             )
         return set()
 
+    def _watch_logits(self, model: nn.Module) -> None:
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        for module in model.modules():
+            if isinstance(module, LogitsProcessor):
+                module.register_forward_hook(self._logits)
+
     def _apply(self, function: Callable[[nn.Module], None]) -> None:
         """Call the function with the engine's model, if one was built."""
         if self._llm is not None:
@@ -331,7 +282,11 @@ class VllmEngine:
         requests: Sequence[tuple[list[int], Any]],
         on_progress: Callable[[int, int], None] | None,
     ) -> list[Any]:
-        """Results of (prompt ids, SamplingParams) in order; an interrupt aborts what is left."""
+        """Results of (prompt ids, SamplingParams) in order; an interrupt aborts what is left.
+
+        Raises:
+            NonFiniteRolloutError: some logits were not finite.
+        """
         if self.policy_version < 0:
             raise EngineError("generate before the first sync: the engine's weights are random")
         engine = self._engine
@@ -356,6 +311,10 @@ class VllmEngine:
             except BaseException:
                 engine.abort_request([str(first + i) for i in range(len(requests))])
                 raise
+            finally:
+                finite = self._logits.take()
+        if not finite:
+            raise NonFiniteRolloutError("some of the next tokens' logits are NaN or infinite")
         return [results[first + i] for i in range(len(requests))]
 
 
@@ -383,7 +342,6 @@ def _room(spec: EngineSpec) -> int:
 
 def _completion(output: Any) -> Completion:
     token_ids = tuple(output.token_ids)
-    log_probs = tuple(
-        step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)
-    )
+    steps = zip(token_ids, output.logprobs, strict=True) if output.logprobs is not None else ()
+    log_probs = tuple(step[token].logprob for token, step in steps)
     return Completion(token_ids, log_probs, truncated=output.finish_reason == "length")

@@ -50,6 +50,7 @@ class Decoding:
             top_p=self.top_p,
             min_p=self.min_p,
             seed=settings.seed,
+            log_probs=0,
         )
         return engine.generate(prompt_ids, sampling, on_progress)
 

@@ -164,6 +164,7 @@ class _Walk:
             max_new_tokens=self._max_new_tokens,
             temperature=1 / alpha,
             seed=self._random.randrange(2**31),
+            log_probs=0,
         )
         limits = [end - cut for cut in cuts]
         groups = policy.engine.generate(heads, sampling, max_new_tokens=limits)
