@@ -125,6 +125,7 @@ def build_module(
         betas=(optimizer.betas[0], optimizer.betas[1]),
         weight_decay=optimizer.weight_decay,
         warmup_steps=optimizer.warmup_steps,
+        fused_optimizer=optimizer.fused,
         grad_clip=optimizer.grad_clip,
         log_z_grad_clip=optimizer.log_z_grad_clip,
         max_skipped_in_a_row=optimizer.max_skipped_in_a_row,

@@ -44,8 +44,9 @@ def test_imports_are_not_searched_and_a_later_job_leaves_nothing_out() -> None:
 
 
 def test_searching_goes_on_after_an_error_and_stays_off_where_it_was_off() -> None:
-    with pytest.raises(ValueError, match="refused"), not_searched():
+    with not_searched():
         assert not gc.isenabled()
+    with pytest.raises(ValueError, match="refused"), not_searched():
         raise ValueError("refused")
     assert gc.isenabled()
     gc.disable()

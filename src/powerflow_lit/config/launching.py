@@ -94,7 +94,7 @@ def listed_once() -> Iterator[None]:
             kept[loader] = plain(loader, None, [])
         return kept[loader]
 
-    ConfigLoaderImpl._parse_overrides_and_create_caching_repo = once  # type: ignore[method-assign]
+    ConfigLoaderImpl._parse_overrides_and_create_caching_repo = once  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
