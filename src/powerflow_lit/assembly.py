@@ -24,6 +24,7 @@ from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
 from powerflow_lit.config.secrets import hidden
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.garbage import not_searched
 from powerflow_lit.health import Health
 from powerflow_lit.interrupt import StopSignals, StopWhereSafe
 from powerflow_lit.models.base import frozen_base
@@ -107,7 +108,8 @@ def build_engine(
         seed=seed,
         trust_remote_code=model.trust_remote_code,
     )
-    return instantiate(engine)(spec)
+    with not_searched():  # vLLM imports as much again
+        return instantiate(engine)(spec)
 
 
 def build_module(
@@ -129,6 +131,7 @@ def build_module(
         betas=(optimizer.betas[0], optimizer.betas[1]),
         weight_decay=optimizer.weight_decay,
         warmup_steps=optimizer.warmup_steps,
+        fused_optimizer=optimizer.fused,
         grad_clip=optimizer.grad_clip,
         log_z_grad_clip=optimizer.log_z_grad_clip,
         max_skipped_in_a_row=optimizer.max_skipped_in_a_row,

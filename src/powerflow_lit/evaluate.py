@@ -24,6 +24,7 @@ from powerflow_lit.config.launching import launch, typed_overrides
 from powerflow_lit.config.places import check_writable
 from powerflow_lit.config.schema import EvaluateConfig
 from powerflow_lit.errors import in_one_line
+from powerflow_lit.garbage import imports_left_out
 from powerflow_lit.models.folders import resolve_path
 from powerflow_lit.terminal import note_while
 
@@ -85,7 +86,7 @@ def _main(cfg: DictConfig) -> None:
 
 def _record(config: EvaluateConfig) -> dict[str, Any]:
     """The evaluation, with its tables printed; what eval.json says at the end."""
-    with note_while("importing transformers"):
+    with note_while("importing transformers"), imports_left_out():
         from powerflow_lit.benchmarking import run
         from powerflow_lit.console import quiet, wide_console
         from powerflow_lit.disk import explained

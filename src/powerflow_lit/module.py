@@ -22,6 +22,7 @@ from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
+from powerflow_lit.optimization import adamw
 from powerflow_lit.types import TrajectoryBatch
 
 Objective = Callable[..., LossOutput]
@@ -45,6 +46,7 @@ class PowerFlowModule(L.LightningModule):
             the first refill (`length_mean`), which is then kept in the checkpoint.
         loss_scale: constant factor on the loss (not on what is logged).
         lr, log_z_lr, betas, weight_decay, warmup_steps: AdamW, policy and head apart.
+        fused_optimizer: whether it is one kernel for all parameters; None: where that pays.
         grad_clip, log_z_grad_clip: largest gradient norm of either.
         max_skipped_in_a_row: updates with a non-finite loss or gradient at which training ends.
         tokens_per_microbatch: padded tokens of one forward pass; never changes a gradient.
@@ -68,6 +70,7 @@ class PowerFlowModule(L.LightningModule):
         betas: tuple[float, float],
         weight_decay: float,
         warmup_steps: int,
+        fused_optimizer: bool | None,
         grad_clip: float,
         log_z_grad_clip: float,
         max_skipped_in_a_row: int,
@@ -92,6 +95,7 @@ class PowerFlowModule(L.LightningModule):
         self.loss_scale = loss_scale
         self.lr, self.log_z_lr, self.betas = lr, log_z_lr, betas
         self.weight_decay, self.warmup_steps = weight_decay, warmup_steps
+        self.fused_optimizer = fused_optimizer
         self.grad_clip, self.log_z_grad_clip = grad_clip, log_z_grad_clip
         self.tokens_per_microbatch = tokens_per_microbatch
         self.logit_chunk_mb = logit_chunk_mb
@@ -242,7 +246,13 @@ class PowerFlowModule(L.LightningModule):
         groups = [{"params": policy, "lr": self.lr, "weight_decay": self.weight_decay}]
         if head:
             groups.append({"params": head, "lr": self.log_z_lr, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, betas=self.betas)
+        plugin = self.trainer.precision_plugin if self._trainer is not None else None
+        optimizer = adamw(
+            groups,
+            betas=self.betas,
+            fused=self.fused_optimizer,
+            scaled_loss=getattr(plugin, "scaler", None) is not None,
+        )
         warmup = get_constant_schedule_with_warmup(optimizer, self.warmup_steps).lr_lambdas[0]
         hold = self.log_z.warmup_steps
         lambdas = [lambda step: 0.0 if step < hold else warmup(step - hold + 1), lambda step: 1.0]

@@ -29,6 +29,7 @@ from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.continuing import expand_resume, find_unfinished
 from powerflow_lit.disk import explained
 from powerflow_lit.errors import DIVERGED, in_one_line, is_refusal, line_of
+from powerflow_lit.garbage import imports_left_out
 from powerflow_lit.preflight import check_here, light_parts
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 from powerflow_lit.terminal import note_while
@@ -118,15 +119,16 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
 def _announced_run(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """The run, with what a person wants to know before and after it."""
     run_dir, estimate_only = Path(config.run_dir), config.model.estimate_only
-    if not estimate_only:
-        with note_while("checking the configuration"):
-            check_here(config)
-            parts = light_parts(config)
-        announce(config, run_dir)
-    with note_while("importing lightning and transformers"):
-        from powerflow_lit.console import final_table, phase_line, quiet, wide_console
-        from powerflow_lit.memory_check import check_memory
-        from powerflow_lit.training import how_to_go_on, run
+    with imports_left_out():
+        if not estimate_only:
+            with note_while("checking the configuration"):
+                check_here(config)
+                parts = light_parts(config)
+            announce(config, run_dir)
+        with note_while("importing lightning and transformers"):
+            from powerflow_lit.console import final_table, phase_line, quiet, wide_console
+            from powerflow_lit.memory_check import check_memory
+            from powerflow_lit.training import how_to_go_on, run
 
     quiet()
     check_memory(config)

@@ -59,6 +59,7 @@ def module(
         "warmup_steps": 0,
         "grad_clip": 1.0,
         "log_z_grad_clip": 1.0,
+        "fused_optimizer": None,
         "max_skipped_in_a_row": 3,
         "tokens_per_microbatch": tokens,
         "logit_chunk_mb": 1.0,

@@ -7,11 +7,19 @@ from collections.abc import Mapping
 from powerflow_lit.config.rules import one_of, require
 from powerflow_lit.config.schema import TrainConfig
 
+SCALED_LOSS = ("16-mixed", "16")  # precisions for which Lightning scales the loss
+
 
 def check_combinations(config: TrainConfig) -> None:
     """What strategy, log Z, alpha and the sizes of a refill ask of each other."""
     _check_updates(config)
     _check_log_p_old(config)
+    precision = config.trainer.get("precision")
+    require(
+        not (config.optimizer.fused and str(precision) in SCALED_LOSS),
+        f"optimizer.fused=true with trainer.precision={precision}: the loss is scaled for float16, "
+        "and gradients would be clipped before it is undone: leave it null, or take bf16-mixed",
+    )
     is_rl = _is_rl(config)
     require(
         not is_rl or config.alpha > 1,

@@ -7,12 +7,14 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,6 +39,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 TRACEBACKS = ContextVar("tracebacks", default=False)  # whether the user asked for them
 REFUSED = 2  # exit code
 DEFAULTS_OF_OTHERS = ("model", "task")  # groups whose values other groups take up
+LISTS_GROUPS = {"--help", "-h", "--hydra-help", "--info", "-i"}
 COMPOSITION = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
 
 
@@ -64,7 +67,8 @@ def launch(
     try:
         sys.argv[1:] = arguments(sys.argv[1:])
         check_options(sys.argv[1:])
-        main()
+        with listed_once() if LISTS_GROUPS & set(sys.argv[1:]) else nullcontext():
+            main()
     except KeyboardInterrupt:  # before the run itself heeds signals
         sys.exit(128 + signal.SIGINT)
     except MendableError as error:
@@ -73,6 +77,28 @@ def launch(
         if not plain or begun(error) or isinstance(error, BrokenPipeError):
             raise
         refuse(explained(error, config_name, sys.argv[1:]))
+
+
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """Within, Hydra lists the groups of conf/ from one copy of what it knows.
+
+    Hydra 1.3 copies all of it again for each group that --help names, twice over: most of a second.
+    """
+    plain, kept = ConfigLoaderImpl._parse_overrides_and_create_caching_repo, {}
+
+    def once(loader: Any, config_name: str | None, overrides: list[str]) -> Any:
+        if config_name is not None or overrides:  # a composition, which changes its copy
+            return plain(loader, config_name, overrides)
+        if loader not in kept:
+            kept[loader] = plain(loader, None, [])
+        return kept[loader]
+
+    ConfigLoaderImpl._parse_overrides_and_create_caching_repo = once  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl._parse_overrides_and_create_caching_repo = plain  # type: ignore[method-assign]
 
 
 def typed_overrides() -> list[str]:

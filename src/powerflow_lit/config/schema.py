@@ -100,6 +100,7 @@ class OptimizerConfig:
     betas: list[float] = MISSING
     weight_decay: float = MISSING
     warmup_steps: int = MISSING
+    fused: bool | None = MISSING
     grad_clip: float = MISSING
     log_z_grad_clip: float = MISSING
     max_skipped_in_a_row: int = MISSING
