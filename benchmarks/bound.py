@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from benchmarks.workloads import FIRST_WORD, Workload
 
 WHOLE_LOGITS_MB = 256  # logits up to here are made at once, more of them by the chunk
 CHUNK_ROWS = 128
-TOKENS_AT_ONCE = (2048, 4096, 8192, 16384)  # budgets of a pass; the fastest is taken
+TOKENS_AT_ONCE = (2048, 8192)  # budgets of a pass; the faster is taken
 
 
 @dataclass(frozen=True)
@@ -109,27 +110,36 @@ class Bound:
         self.tokens_at_once = dict.fromkeys(("score", "update"), max(TOKENS_AT_ONCE))
 
     def tune(self) -> None:
-        """Choose the budget of a pass by trying each; also the warm-up."""
-        for name, run in (("score", self.score), ("update", self.update)):
-            seconds = {}
+        """Choose the budget of a pass by the rate of one pass of each; also the warm-up."""
+        self.optimizer.zero_grad(set_to_none=True)
+        jobs = {"score": (self.to_score, self._pass_over_base),
+                "update": (self.to_update[0], self._pass_with_gradient)}  # fmt: skip
+        for name, (dense, run) in jobs.items():
+            run(dense.parts(TOKENS_AT_ONCE[0])[0])
+            rates = {}
             for budget in TOKENS_AT_ONCE:
-                self.tokens_at_once[name] = budget
-                run()
-                seconds[budget] = _timed(run)
-            self.tokens_at_once[name] = min(seconds, key=seconds.__getitem__)
+                part = dense.parts(budget)[0]
+                rates[budget] = part.tokens / _timed(partial(run, part))
+            self.tokens_at_once[name] = max(rates, key=rates.__getitem__)
 
-    @torch.no_grad()
     def score(self) -> None:
         for part in self.to_score.parts(self.tokens_at_once["score"]):
-            negative_log_prob(self.base, part, self._ids(part))
+            self._pass_over_base(part)
 
     def update(self) -> None:
         """All updates of a refill."""
         for dense in self.to_update:
             self.optimizer.zero_grad(set_to_none=True)
             for part in dense.parts(self.tokens_at_once["update"]):
-                negative_log_prob(self.policy, part, self._ids(part)).backward()
+                self._pass_with_gradient(part)
             self.optimizer.step()
+
+    @torch.no_grad()
+    def _pass_over_base(self, part: Dense) -> None:
+        negative_log_prob(self.base, part, self._ids(part))
+
+    def _pass_with_gradient(self, part: Dense) -> None:
+        negative_log_prob(self.policy, part, self._ids(part)).backward()
 
     def _ids(self, part: Dense) -> Tensor:
         shape = (part.rows, part.length)
