@@ -25,6 +25,7 @@ LINE = (
     ("repetition", "rollout/repetition", ".3f"),
     ("correct", "rollout/accuracy", ".2f"),
 )
+GAP_SHOWN = 0.001  # nats; of two float32 models it is a thousand times less
 # rows of the final table, where the task reports them
 FINAL = (
     "pass@1", "avg@", "pass@", "maj@", "quality", "modes@", "unique_valid@", "length_mean",
@@ -88,6 +89,9 @@ class RefillProgress(Callback):
         parts = [f"{name} {metrics[key]:{fmt}}" for name, key, fmt in LINE if key in metrics]
         if speed := self.steps.performance.get("perf/tokens_per_s"):
             parts.append(f"{speed:,.0f} tok/s")
+        if (gap := metrics.get("selfcheck/engine_logp_gap", 0.0)) >= GAP_SHOWN:
+            mean = metrics["selfcheck/engine_logp_gap_mean"]
+            parts.append(f"engine gap {gap:.3f} nats (mean {mean:.4f})")
         if refill % self.evaluation.every_n_refills == 0 or refill == refills:
             value = self.evaluation.final.get(f"val/{self.headline}")
             if value is not None:

@@ -254,6 +254,10 @@ def _summary(
         "steps": module.global_step if module._trainer is not None else 0,
         "skipped_steps": module.skipped_steps,
         "engine_rebuilds": data.engine_rebuilds,
+        "engine_logp_gap": {
+            name: data.refill_metrics.get(f"selfcheck/engine_logp_gap{suffix}")
+            for name, suffix in (("max", ""), ("mean", "_mean"))
+        },  # nats a token, of the last refill
         "base": evaluation.base,
         "base_decodings": evaluation.base_decodings,
         "final": evaluation.final,

@@ -272,7 +272,7 @@ def test_behaviour_log_probs_that_nobody_kept_change_no_gradient_of_an_unweighte
 
 
 def test_log_z_starts_from_the_base_where_no_behaviour_log_probs_are_kept() -> None:
-    known, unknown = module(EmaLogZ(rate=0.1)), module(EmaLogZ(rate=0.1))
+    known, unknown = module(), module()
     data = batch()  # of the base, which the policy still is
     known.calibrate(data)
     unknown.calibrate(unkept(data))
