@@ -10,7 +10,7 @@ from typing import Any
 
 
 class PhaseClock:
-    """Adds up seconds by phase (rollout, score, update, sync, eval) and in all, over resumes."""
+    """Adds up seconds by phase (start, rollout, score, update, sync, eval), over resumes."""
 
     def __init__(self) -> None:
         self._started, self._before = time.perf_counter(), 0.0

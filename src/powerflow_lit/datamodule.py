@@ -99,11 +99,12 @@ class RolloutDataModule(L.LightningDataModule):
         with self.clock("rollout"):
             self._ahead.settle()
         if self._engine is None:
-            self._engine = RebuildingEngine(
-                lambda: self._engine_factory(self._module),
-                policy=lambda: (policy_weights(self._module.policy), self._module.global_step),
-                on_rebuild=self._note_rebuild,
-            )
+            with self.clock("start"):  # of the engine; one that is built anew counts as rollout
+                self._engine = RebuildingEngine(
+                    lambda: self._engine_factory(self._module),
+                    policy=lambda: (policy_weights(self._module.policy), self._module.global_step),
+                    on_rebuild=self._note_rebuild,
+                )
         return self._engine
 
     @property

@@ -65,7 +65,7 @@ def test_a_fast_run_leaves_the_whole_run_folder(tmp_path: Path, engine: str) -> 
     summary = summary_of(run)
     assert summary["status"] == "finished"
     assert summary["strategy"] == "powerflow"
-    assert {"rollout", "score", "update", "sync", "eval"} <= summary["phases"].keys()
+    assert {"start", "rollout", "score", "update", "sync", "eval"} <= summary["phases"].keys()
     assert summary["base"].keys() == summary["final"].keys()
     rows = rows_of(run)
     assert [int(r["step"]) for r in rows] == [0, 1, 2, 3, 4]

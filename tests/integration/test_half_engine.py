@@ -20,7 +20,7 @@ def test_a_bfloat16_engine_shows_its_gap_and_the_trainers_log_probs_are_kept(
     assert [r["rollout/log_p_old_from_engine"] for r in rows] == ["0.0", "0.0"]
     for row in rows:
         assert 1e-3 < float(row["selfcheck/engine_logp_gap"]) < 1
-        assert 1e-4 < float(row["selfcheck/engine_logp_gap_mean"])
+        assert float(row["selfcheck/engine_logp_gap_mean"]) > 1e-4
         # the trainer's log-probs of the weights that it sampled from: every ratio is 1
         assert float(row["train/ess"]) == pytest.approx(1, abs=1e-5)
     gap = summary_of(tmp_path / "run")["engine_logp_gap"]
