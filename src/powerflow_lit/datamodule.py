@@ -140,7 +140,7 @@ class RolloutDataModule(L.LightningDataModule):
                 were sampled from other weights than they may be.
             DivergedError: weights or log-probs are not finite.
         """
-        module, keep = self._module, self.keeps_log_p_old
+        module, keep, rebuilds = self._module, self.keeps_log_p_old, self.engine_rebuilds
         prompts = self._prompts_of(index)
         oldest = self._trained_from if self.settings.overlap else module.global_step
         with self.clock("rollout"):
@@ -154,7 +154,7 @@ class RolloutDataModule(L.LightningDataModule):
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
             )
-        self._engine_is_new = False
+        self._engine_is_new = self.engine_rebuilds != rebuilds  # then nothing of it was compared
         self.buffer.add(trajectories, index)
         self._ahead.used()
         self._trained_from = module.global_step

@@ -93,15 +93,19 @@ class Scorer:
             few = trajectories[: self.settings.logp_gap_trajectories]
             ours = self._log_probs(module, module.policy, rows[: len(few)])
             gap = self._compared(module, engine, few, ours, refill, keep)
+        else:  # the thread has added to it since it was checked
+            self._refuse_gap(module, engine, gap, refill)
         scored = [replace(t, log_p_base=b) for t, b in zip(trajectories, log_p_base, strict=True)]
-        if keep == "none":
-            return scored, gap
+        if keep == "none":  # not even those that were compared: a resumed run compares others
+            nobody = [torch.full_like(t.log_p_base, torch.nan) for t in scored]
+            return [replace(t, log_p_old=o) for t, o in zip(scored, nobody, strict=True)], gap
         mean_length = mean([t.length for t in trajectories])
         use_engine = keep == "engine" or (
             keep == "auto" and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
         )
         if not use_engine:
             own = self._log_probs(module, module.policy, rows)
+            self._refuse_non_finite(module, own, refill)
             scored = [replace(t, log_p_old=o) for t, o in zip(scored, own, strict=True)]
         return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
 
@@ -159,6 +163,7 @@ class Scorer:
         """The same over the tokens that the policy, as it is at this refill, allows."""
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         guarded = self._guarded(module, rows)
+        self._refuse_non_finite(module, [g.log_prob_full for g in guarded], refill)
         few = trajectories[: self.settings.logp_gap_trajectories]
         ours = [g.log_prob_full for g in guarded[: len(few)]]
         gap = self._compared(module, engine, few, ours, refill, keep)
@@ -238,6 +243,41 @@ class Scorer:
 
         The engine may lack the last token of a row that fills the model's context.
         """
+        self._refuse_non_finite(module, ours, refill)
+        pairs = [(a[: len(b)] - b).abs() for a, b in zip(ours, theirs, strict=True)]
+        differences = torch.cat(pairs)
+        gap = {
+            "selfcheck/engine_logp_gap": float(differences.max()) if len(differences) else 0.0,
+            "selfcheck/engine_logp_gap_mean": float(differences.mean())
+            if len(differences)
+            else 0.0,
+        }
+        self._refuse_gap(module, engine, gap, refill)
+        return gap
+
+    def _refuse_gap(
+        self, module: PowerFlowModule, engine: RolloutEngine, gap: dict[str, float], refill: int
+    ) -> None:
+        greatest = gap["selfcheck/engine_logp_gap"]
+        if greatest <= self.settings.logp_gap_limit:
+            return
+        dtypes = (
+            f"engine {engine.name} in {engine.dtype}, "
+            f"trainer in {str(module.policy.dtype).removeprefix('torch.')} "
+            f"with precision {module.trainer.precision}"
+        )
+        raise EngineError(
+            f"refill {refill}: engine and trainer disagree by {greatest:.4f} nats on a token "
+            f"of the {self.settings.logp_gap_trajectories} trajectories that both scored, "
+            f"{gap['selfcheck/engine_logp_gap_mean']:.4f} on "
+            f"average (limit {self.settings.logp_gap_limit:g}; {dtypes}): the rollouts are not "
+            "the policy's. Check model.engine_dtype against model.dtype, or raise "
+            "rollout.logp_gap_limit"
+        )
+
+    def _refuse_non_finite(
+        self, module: PowerFlowModule, ours: Sequence[torch.Tensor], refill: int
+    ) -> None:
         broken = sum(not bool(row.isfinite().all()) for row in ours)
         if broken:
             raise NonFiniteRolloutError(
@@ -246,22 +286,3 @@ class Scorer:
                 "engine's are not: its activations overflow; try a lower optimizer.lr, or "
                 "trainer.precision=32-true"
             )
-        gap = torch.cat([(a[: len(b)] - b).abs() for a, b in zip(ours, theirs, strict=True)])
-        greatest = float(gap.max()) if len(gap) else 0.0
-        if not greatest <= self.settings.logp_gap_limit:
-            dtypes = (
-                f"engine {engine.name} in {engine.dtype}, "
-                f"trainer in {str(module.policy.dtype).removeprefix('torch.')} "
-                f"with precision {module.trainer.precision}"
-            )
-            raise EngineError(
-                f"refill {refill}: engine and trainer disagree by {greatest:.4f} nats on a token "
-                f"of the {len(ours)} trajectories that both scored, {float(gap.mean()):.4f} on "
-                f"average (limit {self.settings.logp_gap_limit:g}; {dtypes}): the rollouts are not "
-                "the policy's. Check model.engine_dtype against model.dtype, or raise "
-                "rollout.logp_gap_limit"
-            )
-        return {
-            "selfcheck/engine_logp_gap": greatest,
-            "selfcheck/engine_logp_gap_mean": float(gap.mean()) if len(gap) else 0.0,
-        }

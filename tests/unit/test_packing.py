@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 
+from powerflow_lit.models import packed_attention
 from powerflow_lit.models.checkpointing import checkpoint_layers
 from powerflow_lit.models.forward_pass import PackedPass, forward_passes, packs, prompt_states
 from powerflow_lit.models.loading import load_model
@@ -221,6 +223,24 @@ def test_an_adapter_and_the_base_without_it_are_packed_too(tmp_path: Path) -> No
             log_probs(model, batch), log_probs(copied, batch), rtol=1e-4, atol=1e-4
         )
     assert all(isinstance(p, PackedPass) for p in forward_passes(copied, batch, WHOLE))
+
+
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_bf16_mixed_precision_is_packed_too(
+    as_on_a_gpu: bool,
+    qwen2: tuple[PreTrainedModel, PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU the mask is an object that torch dispatches on before autocast has its turn."""
+    if as_on_a_gpu:
+        monkeypatch.setattr(
+            packed_attention, "_lower_right", lambda q, k, device: causal_lower_right(q, k)
+        )
+    batch = batch_of(RAGGED)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        padded, packed = (log_probs(model, batch) for model in qwen2)
+    assert float((padded - packed).abs().max()) < 0.1
+    assert float((padded - log_probs(qwen2[0], batch)).abs().max()) > 0
 
 
 def test_what_an_architecture_does_not_allow_stays_padded(tmp_path: Path) -> None:

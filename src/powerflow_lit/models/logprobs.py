@@ -101,7 +101,12 @@ def response_scores(
     for part in passes:
         # backward begins with the last: its activations may stay, they are gone before the others'
         if torch.is_grad_enabled() and part is not passes[-1]:
-            ragged, state = checkpoint(score, part, use_reentrant=False)
+            ragged, state = checkpoint(
+                score,
+                part,
+                use_reentrant=False,
+                preserve_rng_state=False,  # it draws nothing
+            )
         else:
             ragged, state = score(part)
         lengths = batch.response_lengths[part.rows]

@@ -32,6 +32,10 @@ def packed_attention(
 
     query (1, H, M, d), key and value (1, H_kv, M, d) -> (1, M, H, d).
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotary embeddings leave float32 beside bfloat16
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (M, heads, d)
     if repeats > 1:
