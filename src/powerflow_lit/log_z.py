@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from powerflow_lit.models.forward_pass import Pool
-from powerflow_lit.models.z_head import ZHead
+from powerflow_lit.models.z_head import Pool, ZHead
 from powerflow_lit.objectives import group_log_z, leave_one_out_log_z
 
 

@@ -24,6 +24,7 @@ from powerflow_lit.config.checks import train_config
 from powerflow_lit.export import export
 from powerflow_lit.models.embedded import folder_of
 from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.models.probes import allow_packing
 from powerflow_lit.resume import load_policy
 from powerflow_lit.types import TokenBatch
 from tests.faults.runs import assert_same_run, killed_at, last_checkpoint
@@ -99,6 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def test_the_base_scores_the_same_to_the_bit_while_the_policy_moves(trained: Trained) -> None:
     untouched = AutoModelForCausalLM.from_pretrained(trained.start, dtype=torch.float32).eval()
+    allow_packing(untouched)  # as the run's own
     expected = score(untouched)
     assert len(trained.watch.base) == REFILLS
     assert all(torch.equal(found, expected) for found in trained.watch.base)
@@ -125,7 +127,9 @@ def test_the_merged_folder_is_an_ordinary_model_with_the_policys_log_probs(
 def test_the_adapter_on_the_base_has_the_policys_log_probs(trained: Trained) -> None:
     base = AutoModelForCausalLM.from_pretrained(trained.start, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, trained.export / "adapter").eval()
-    assert torch.equal(score(adapted.get_base_model()), trained.watch.policy[-1])
+    policy = adapted.get_base_model()
+    allow_packing(policy)
+    assert torch.equal(score(policy), trained.watch.policy[-1])
 
 
 @pytest.mark.faults

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from powerflow_lit.models.packed_attention import hidden_states
 from powerflow_lit.models.packing import PackedBatch, pack, packed_microbatches
+from powerflow_lit.models.z_head import Pool
 from powerflow_lit.types import AllowedTokens, TokenBatch
-
-Pool = Literal["mean", "last"]
 
 
 class ForwardPass(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from powerflow_lit.models.errors import ModelError
-from powerflow_lit.models.forward_pass import ForwardPass, Pool, forward_passes
+from powerflow_lit.models.forward_pass import ForwardPass, forward_passes
 from powerflow_lit.models.guard import allowed_tokens, log_prob_over
 from powerflow_lit.models.linear_log_prob import (
     LogitShape,
@@ -20,6 +20,7 @@ from powerflow_lit.models.linear_log_prob import (
     linear_log_prob,
     row_chunks,
 )
+from powerflow_lit.models.z_head import Pool
 from powerflow_lit.types import AllowedTokens, TokenBatch
 
 

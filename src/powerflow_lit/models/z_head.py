@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+
+Pool = Literal["mean", "last"]  # hidden state that the head reads: of the prompt tokens
 
 
 class ZHead(nn.Module):
