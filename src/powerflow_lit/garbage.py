@@ -6,6 +6,7 @@ again and again while it imports them, and vLLM asks for it several times more a
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +40,4 @@ def imports_left_out() -> Iterator[None]:
 @cache
 def _leave_out() -> None:
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries would report all of it as leaked
