@@ -58,10 +58,7 @@ def compare(
 
         for workload in workloads:
             model = write_model(shape_of(workload.shape), Path(folder) / workload.shape)
-            settings = {
-                "workload": asdict(workload), "model": str(model), "threads": threads,
-                "overrides": list(overrides),
-            }  # fmt: skip
+            settings = settings_of(workload, model, threads, overrides)
             found = take_turns(
                 {name: CONTENDERS[name] for name in contenders}, settings, Path(folder),
                 refills=refills(workload.shape), step=step,
@@ -114,6 +111,16 @@ def take_turns(
         for name, contender in running.items():
             found[name] |= contender.stop()
     return found
+
+
+def settings_of(
+    workload: Workload, model: Path, threads: int, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """What all contenders are told."""
+    return {
+        "workload": asdict(workload), "model": str(model), "threads": threads,
+        "overrides": list(overrides),
+    }  # fmt: skip
 
 
 def new_record(threads: int, overrides: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.progress import track
 
-from benchmarks.comparing import new_record, take_turns, write
+from benchmarks.comparing import new_record, settings_of, take_turns, write
 from benchmarks.models import shape_of, write_model
 from benchmarks.workloads import Workload
 
@@ -57,10 +57,7 @@ def grow(
         points = list(workloads(start, quick=quick))
         for factor, value, workload in track(points, description=f"growth, {engine}"):
             model = write_model(shape_of(workload.shape), Path(folder) / workload.shape)
-            settings = {
-                "workload": asdict(workload), "model": str(model), "threads": threads,
-                "overrides": list(overrides),
-            }  # fmt: skip
+            settings = settings_of(workload, model, threads, overrides)
             found = take_turns(
                 {"ours": ("benchmarks.ours", engine)}, settings, Path(folder),
                 refills=REFILLS, step=lambda _: None,

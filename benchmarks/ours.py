@@ -1,7 +1,7 @@
 """This project's own training, held at a gate before each refill: `python -m benchmarks.ours JSON`.
 
-The configuration is composed by Hydra and built by `assembly`, and Lightning's Trainer is made as
-`training` makes it; only evaluation, checkpoints and the console are left out.
+The configuration is composed by Hydra and built by `assembly`, Lightning's Trainer included, as for
+`training`; only evaluation, checkpoints and the console are left out.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from benchmarks.imposed import ImposedLengths
 from benchmarks.models import EOS, shape_of, text_of
 from benchmarks.turns import Gate
 from benchmarks.workloads import Workload
-from powerflow_lit.assembly import build_datamodule, build_module, build_policy
+from powerflow_lit.assembly import build_datamodule, build_module, build_policy, build_trainer
 from powerflow_lit.callbacks import StepMetrics
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.metrics_csv import MetricsCsv
-from powerflow_lit.precision import with_half_precision
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.types import Prompt
 
@@ -124,20 +123,8 @@ def trained(
     data = build_datamodule(config, WorkloadTask(workload, vocabulary), tokenizer, clock)
     gate = AtTheGate(Gate(), clock, lengths)
     _hold_before_refills(data, gate, imposing)
-    trainer: L.Trainer = instantiate(
-        with_half_precision(config.trainer),
-        max_epochs=config.refills,
-        callbacks=[StepMetrics(clock)],
-        logger=[MetricsCsv(folder, keep_until=None)],
-        reload_dataloaders_every_n_epochs=1,
-        default_root_dir=str(folder),
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-    )
+    loggers = [MetricsCsv(folder, keep_until=None)]
+    trainer = build_trainer(config, folder, [StepMetrics(clock)], loggers)
     return trainer, module, data, gate
 
 

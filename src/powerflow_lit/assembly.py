@@ -37,6 +37,7 @@ from powerflow_lit.models.probes import allow_packing, check_output_layer
 from powerflow_lit.models.prompting import route_line
 from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.monitor import Monitor, Rule
+from powerflow_lit.precision import with_half_precision
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.samplers import Decoding, EvaluationSettings
@@ -184,6 +185,26 @@ def build_datamodule(
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,
         clock=clock,
+    )
+
+
+def build_trainer(
+    config: TrainConfig, run_dir: Path, callbacks: list[L.Callback], loggers: list[Logger]
+) -> L.Trainer:
+    """Lightning's Trainer: an epoch is a refill, and what it could write beside us is off."""
+    return instantiate(
+        with_half_precision(config.trainer),
+        max_epochs=config.refills,
+        callbacks=callbacks,
+        logger=loggers,
+        reload_dataloaders_every_n_epochs=1,
+        default_root_dir=str(run_dir),
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
     )
 
 

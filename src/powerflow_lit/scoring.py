@@ -14,6 +14,7 @@ from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, re
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, RolloutEngine
 from powerflow_lit.rollout.engine import NonFiniteRolloutError
+from powerflow_lit.rollout.metrics import log_prob_gap
 from powerflow_lit.tasks.base import mean
 from powerflow_lit.types import AllowedTokens, TokenBatch, Trajectory
 
@@ -239,19 +240,10 @@ class Scorer:
         theirs: Sequence[torch.Tensor],
         refill: int,
     ) -> dict[str, float]:
-        """Differences between the trainer's log-probs and the engine's on the same trajectories.
-
-        The engine may lack the last token of a row that fills the model's context.
-        """
+        """Differences between the trainer's log-probs and the engine's on the same trajectories."""
         self._refuse_non_finite(module, ours, refill)
-        pairs = [(a[: len(b)] - b).abs() for a, b in zip(ours, theirs, strict=True)]
-        differences = torch.cat(pairs)
-        gap = {
-            "selfcheck/engine_logp_gap": float(differences.max()) if len(differences) else 0.0,
-            "selfcheck/engine_logp_gap_mean": float(differences.mean())
-            if len(differences)
-            else 0.0,
-        }
+        greatest, average = log_prob_gap(ours, theirs)
+        gap = {"selfcheck/engine_logp_gap": greatest, "selfcheck/engine_logp_gap_mean": average}
         self._refuse_gap(module, engine, gap, refill)
         return gap
 

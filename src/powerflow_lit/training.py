@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -21,6 +20,7 @@ from powerflow_lit.assembly import (
     build_datamodule,
     build_module,
     build_policy,
+    build_trainer,
     build_wandb,
     chosen_identity,
     identity_of,
@@ -43,7 +43,6 @@ from powerflow_lit.interrupt import Stopped, StopSignals
 from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
-from powerflow_lit.precision import with_half_precision
 from powerflow_lit.preflight import Parts, light_parts
 from powerflow_lit.resume import (
     ResumePoint,
@@ -105,20 +104,7 @@ def _run(
     loggers: list[Any] = [MetricsCsv(run_dir, keep_until=point.updates if point else None)]
     if config.logger.name == "wandb":
         loggers.append(build_wandb(config, run_dir))
-    trainer: L.Trainer = instantiate(
-        with_half_precision(config.trainer),
-        max_epochs=config.refills,
-        callbacks=callbacks,
-        logger=loggers,
-        reload_dataloaders_every_n_epochs=1,
-        default_root_dir=str(run_dir),
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-    )
+    trainer = build_trainer(config, run_dir, callbacks, loggers)
     trainer.strategy.checkpoint_io = StraightCheckpointIO()
     ending: dict[str, Any] = {"status": "failed"}
     try:

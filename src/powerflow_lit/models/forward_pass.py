@@ -105,11 +105,11 @@ def microbatches(lengths: Tensor, tokens_per_microbatch: int) -> list[Tensor]:
 
     A single sequence longer than the budget stands alone.
     """
-    order = torch.argsort(lengths, stable=True)
+    sizes = lengths.tolist()  # at once: each look at a GPU's tensor would wait for it
     parts: list[list[int]] = [[]]
-    for row in order.tolist():
+    for row in sorted(range(len(sizes)), key=sizes.__getitem__):
         # ascending lengths: the newcomer is the widest
-        if parts[-1] and (len(parts[-1]) + 1) * int(lengths[row]) > tokens_per_microbatch:
+        if parts[-1] and (len(parts[-1]) + 1) * sizes[row] > tokens_per_microbatch:
             parts.append([])
         parts[-1].append(row)
     return [torch.tensor(part, device=lengths.device) for part in parts]

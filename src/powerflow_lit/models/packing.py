@@ -70,10 +70,7 @@ def pack(batch: TokenBatch, rows: Sequence[int]) -> PackedBatch:
     """The chosen rows as one pass."""
     device, width = batch.input_ids.device, batch.input_ids.shape[1]
     prompts, responses = batch.prompt_lengths.tolist(), batch.response_lengths.tolist()
-    ids = _prompt_ids(batch, rows, prompts)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in zip(rows, ids, strict=True):
-        groups.setdefault(prompt, []).append(row)
+    groups = _groups(batch, rows, prompts)
     # sorted by length, so that those of a length are taken at once as they stand
     chosen = sorted(groups, key=len)
     members = [sorted(groups[prompt], key=lambda r: responses[r]) for prompt in chosen]
@@ -94,18 +91,17 @@ def pack(batch: TokenBatch, rows: Sequence[int]) -> PackedBatch:
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=device)
 
+    prompt_lengths = tensor(lengths)
     first_token = tensor([row * width for row in firsts])
     own_start = tensor([row * width + prompts[row] for row in order])
     own_length = tensor([responses[row] for row in order])
-    source = torch.cat([_spans(first_token, tensor(lengths)), _spans(own_start, own_length - 1)])
+    source = torch.cat([_spans(first_token, prompt_lengths), _spans(own_start, own_length - 1)])
     flat = batch.input_ids.flatten()
     # a response token is predicted by the one before it, the first by the end of the prompt
-    prompt_of = [k for k, group in enumerate(members) for _ in group]
+    prompt_of = tensor([k for k, group in enumerate(members) for _ in group])
     packed_start = sum(lengths) + (own_length - 1).cumsum(0) - (own_length - 1)
     predictors = _spans(packed_start - 1, own_length)
-    predictors[own_length.cumsum(0) - own_length] = tensor(
-        [sum(lengths[: k + 1]) - 1 for k in prompt_of]
-    )
+    predictors[own_length.cumsum(0) - own_length] = prompt_lengths.cumsum(0)[prompt_of] - 1
     return PackedBatch(
         rows=tensor(order),
         input_ids=flat[source][None],
@@ -113,8 +109,8 @@ def pack(batch: TokenBatch, rows: Sequence[int]) -> PackedBatch:
         predictors=predictors,
         targets=flat[_spans(own_start, own_length)],
         layout=Layout(tuple(pieces), tuple(blocks)),
-        prompt_lengths=tensor(lengths),
-        prompt_of=tensor(prompt_of),
+        prompt_lengths=prompt_lengths,
+        prompt_of=prompt_of,
     )
 
 
@@ -126,13 +122,9 @@ def packed_microbatches(batch: TokenBatch, tokens_per_microbatch: int) -> list[l
     response longer than the budget stands alone with its prompt.
     """
     prompts, responses = batch.prompt_lengths.tolist(), batch.response_lengths.tolist()
-    rows = range(len(prompts))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in zip(rows, _prompt_ids(batch, rows, prompts), strict=True):
-        groups.setdefault(prompt, []).append(row)
     parts: list[list[int]] = [[]]
     used = 0
-    for prompt, group in groups.items():
+    for prompt, group in _groups(batch, range(len(prompts)), prompts).items():
         copy = int(COPY_SHARE * len(prompt))
         whole = len(prompt) + sum(responses[row] - 1 + copy for row in group)
         if parts[-1] and used + whole > tokens_per_microbatch:
@@ -149,11 +141,16 @@ def packed_microbatches(batch: TokenBatch, tokens_per_microbatch: int) -> list[l
     return parts
 
 
-def _prompt_ids(
+def _groups(
     batch: TokenBatch, rows: Sequence[int], lengths: Sequence[int]
-) -> list[tuple[int, ...]]:
-    ids = batch.input_ids[:, : max(lengths)].tolist()
-    return [tuple(ids[row][: lengths[row]]) for row in rows]
+) -> dict[tuple[int, ...], list[int]]:
+    """The chosen rows by the tokens of their prompt; `lengths` are the prompts' of all rows."""
+    width = max(lengths[row] for row in rows)
+    ids = batch.input_ids[list(rows), :width].tolist()
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in zip(rows, ids, strict=True):
+        groups.setdefault(tuple(prompt[: lengths[row]]), []).append(row)
+    return groups
 
 
 def _spans(starts: Tensor, lengths: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from powerflow_lit.rollout.engine import NonFiniteRolloutError
+from powerflow_lit.rollout.metrics import log_prob_gap
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
 from powerflow_lit.types import Completion, Sampling
 
@@ -192,14 +193,7 @@ def _added(
 ) -> dict[str, float]:
     """The gap between trainer and engine plus that within the engine: together at least the gap
     between the trainer and what was sampled."""
-    pairs = [
-        (torch.tensor(a[: len(b)]) - torch.tensor(b)).abs()
-        for a, b in zip(sampled, scored, strict=True)
-    ]
-    differences = torch.cat(pairs) if pairs else torch.zeros(0)
-    if not len(differences):
-        return gap
-    greatest, average = float(differences.max()), float(differences.mean())
+    greatest, average = log_prob_gap(map(torch.tensor, sampled), map(torch.tensor, scored))
     return {
         name: value + (average if name.endswith("_mean") else greatest)
         for name, value in gap.items()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from powerflow_lit.metrics import text
 from powerflow_lit.types import Trajectory
@@ -33,3 +34,13 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def log_prob_gap(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> tuple[float, float]:
+    """Largest and mean difference of a token's log-probs, nats; 0 where there is no token.
+
+    `theirs`, the engine's, may lack the last token of a row that fills the model's context.
+    """
+    pairs = [(a[: len(b)] - b).abs() for a, b in zip(ours, theirs, strict=True)]
+    every = torch.cat([torch.zeros(0), *pairs])
+    return (float(every.max()), float(every.mean())) if len(every) else (0.0, 0.0)

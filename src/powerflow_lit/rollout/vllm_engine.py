@@ -157,9 +157,8 @@ class VllmEngine:
         with trainer_state_kept():
             sent = {name: t.detach() for name, t in weights.items() if name not in self._unsent}
             iterator = iter(as_in_files(self._policy, sent).items())
-            if (
-                self._is_asleep
-            ):  # room for the weights first: the trainer's caches may fill the rest
+            # room for the weights first: the trainer's caches may fill the rest
+            if self._is_asleep:
                 self._llm.wake_up(tags=["weights"])
             try:
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
