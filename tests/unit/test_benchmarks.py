@@ -321,3 +321,14 @@ def test_the_gpu_suite_works_up_to_the_device(tmp_path: Path) -> None:
     assert run.main([*arguments, "--threads", "1", "--peak-tflops", "0.1", "--out", str(out)]) == 0
     (entry,) = json.loads(out.read_text())["models"]
     assert 0 < entry["update_mfu"] < 1
+
+
+def test_the_readme_quotes_the_stored_record() -> None:
+    record = json.loads((run.RESULTS / "cpu.json").read_text())
+    times = {}
+    for entry in record["workloads"]:
+        medians = {n: tables.medians_of(c["refills"]) for n, c in entry["contenders"].items()}
+        times[entry["workload"]["name"]] = float(tables.times_rival("ours-vllm", medians))
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    ragged, equal = times["0.8M ragged"], times["0.8M equal"]
+    assert f"{ragged:.1f} times the tokens/s on ragged lengths, {equal:.1f} times on equal" in readme
