@@ -103,8 +103,11 @@ def _measured(options: argparse.Namespace) -> dict[str, Any] | None:
             device=options.device, refills=options.refills or 3, threads=options.threads,
             overrides=options.override, peak_tflops=options.peak_tflops,
         )  # fmt: skip
+    contenders = available(options.contenders)
+    if not contenders:
+        raise ContenderError("no contender is left that can run here")
     return compare(
-        workloads_of(options), available(options.contenders), options.out or RESULTS / "cpu.json",
+        workloads_of(options), contenders, options.out or RESULTS / "cpu.json",
         refills=lambda shape: options.refills or (2 if options.quick else REFILLS.get(shape, 3)),
         threads=options.threads, overrides=options.override,
     )  # fmt: skip

@@ -324,7 +324,7 @@ def test_the_gpu_suite_works_up_to_the_device(tmp_path: Path) -> None:
 
 
 def test_the_readme_quotes_the_stored_record() -> None:
-    record = json.loads((run.RESULTS / "cpu.json").read_text())
+    record = json.loads((run.RESULTS / "cpu_0.8M.json").read_text())
     times = {}
     for entry in record["workloads"]:
         medians = {n: tables.medians_of(c["refills"]) for n, c in entry["contenders"].items()}
@@ -333,3 +333,14 @@ def test_the_readme_quotes_the_stored_record() -> None:
     ragged, equal = times["0.8M ragged"], times["0.8M equal"]
     quoted = f"{ragged:.1f} times the tokens/s on ragged lengths, {equal:.1f} times on equal"
     assert quoted in readme
+
+
+def test_a_run_without_any_contender_leaves_old_results_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    out = tmp_path / "cpu.json"
+    out.write_text("old")
+    assert run.main(["--contenders", "trl-own", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == "error: no contender is left that can run here\n"
+    assert out.read_text() == "old"
