@@ -181,6 +181,7 @@ def build_datamodule(
             logit_chunk_mb=config.logit_chunk_mb,
             guard_min_p=config.guard.min_p,
             overlap=rollout.overlap,
+            score_while_generating=rollout.score_while_generating,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,

@@ -198,11 +198,14 @@ class RolloutDataModule(L.LightningDataModule):
         """The responses of a refill from the policy's present weights."""
         self.sync_engine()
         total = len(prompts) * self.settings.samples_per_prompt
-        with self.clock("rollout"):
+        ids = [self._prompt_ids[p.id] for p in prompts]
+        scoring = self._scorer.while_generating(self._module, ids)
+        with self.clock("rollout"), scoring as on_finished:
             groups = self.engine.generate(
-                [self._prompt_ids[p.id] for p in prompts],
+                ids,
                 self._sampling(index),
                 lambda done, tokens: self._report("rollout", done, total, tokens),
+                on_finished=on_finished,
             )
         return Sampled(index, self.engine.policy_version, {}, groups)
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from powerflow_lit.early_scoring import EarlyScores, Row
 from powerflow_lit.models.guard import removed_mass
 from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, RolloutEngine
-from powerflow_lit.rollout.engine import NonFiniteRolloutError
+from powerflow_lit.rollout.engine import NonFiniteRolloutError, OnFinished
 from powerflow_lit.rollout.metrics import log_prob_gap
 from powerflow_lit.tasks.base import mean
 from powerflow_lit.types import AllowedTokens, TokenBatch, Trajectory
 
 LogPOld = Literal["auto", "engine", "trainer", "none"]
-Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 Progress = Callable[[str, int, int, int], None]  # phase, done, total, tokens
 
 
@@ -33,6 +34,7 @@ class RolloutSettings:
     max_prompt_tokens: int
     log_p_old: LogPOld  # whose behaviour log-probs the buffer keeps
     overlap: bool  # a refill is sampled while the one before it is trained on
+    score_while_generating: bool  # the base scores what is there while the rest is sampled
     logp_gap_trajectories: int  # rollouts on which engine and trainer are compared at each sync
     logp_gap_limit: float  # nats, largest tolerated difference of one token
     tokens_per_microbatch: int  # of the scoring passes
@@ -50,6 +52,7 @@ class Scorer:
 
     def __init__(self, settings: RolloutSettings, *, pad_id: int, report: Progress) -> None:
         self.settings, self.pad_id, self._report = settings, pad_id, report
+        self._early: EarlyScores | None = None
 
     def prompts_with_log_probs(self, keep: LogPOld, *, is_first: bool) -> int | None:
         """How many prompts' responses, from the first on, must come with log-probs; None: all.
@@ -88,8 +91,10 @@ class Scorer:
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         if self.settings.guard_min_p > 0:
             return self._under_guard(module, engine, trajectories, refill, keep)
-        with module.frozen.model() as base:
-            log_p_base = self._log_probs(module, base, rows, "score")
+        if self._early is None:
+            log_p_base = self._base_log_probs(module, rows, "score")
+        else:
+            log_p_base, self._early = self._early.results(), None
         if gap is None:
             few = trajectories[: self.settings.logp_gap_trajectories]
             ours = self._log_probs(module, module.policy, rows[: len(few)])
@@ -109,6 +114,24 @@ class Scorer:
             self._refuse_non_finite(module, own, refill)
             scored = [replace(t, log_p_old=o) for t, o in zip(scored, own, strict=True)]
         return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
+
+    @contextmanager
+    def while_generating(
+        self, module: PowerFlowModule, prompts: Sequence[Sequence[int]]
+    ) -> Iterator[OnFinished | None]:
+        """What the generation within is to call with each prompt's responses, if anything: the
+        base scores them in a thread, and `__call__` finds them scored.
+
+        Args:
+            prompts: token ids, in the order of the generation.
+        """
+        self._early = None
+        if not self.settings.score_while_generating:
+            yield None
+            return
+        with EarlyScores(prompts, lambda rows: self._base_log_probs(module, rows)) as early:
+            yield early.add
+        self._early = early
 
     def check(
         self,
@@ -200,6 +223,12 @@ class Scorer:
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
                 logit_chunk_mb=self.settings.logit_chunk_mb,
             )
+
+    def _base_log_probs(
+        self, module: PowerFlowModule, rows: Sequence[Row], report: str | None = None
+    ) -> list[torch.Tensor]:
+        with module.frozen.model() as base:
+            return self._log_probs(module, base, rows, report)
 
     @torch.no_grad()
     def _log_probs(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,18 @@ def test_the_contract_of_an_engine(
             for number, (group, whole) in enumerate(zip(found, with_all, strict=True)):
                 expected = [c if number < asked else replace(c, log_probs=()) for c in whole]
                 assert group == expected
+
+    # each prompt is handed over when all of its responses are there, before those of longer ones
+    events: list[Any] = []
+    groups = engine.generate(
+        PROMPTS, SAMPLING, lambda done, _: events.append(done), max_new_tokens=[24, 2, 24],
+        on_finished=lambda number, group: events.append((number, group)),
+    )  # fmt: skip
+    handed = [event for event in events if isinstance(event, tuple)]
+    assert sorted(handed, key=lambda event: event[0]) == list(enumerate(groups))
+    if engine.name == "vllm":  # generate keeps a batch to its end
+        assert handed[0] == (1, groups[1])
+        assert events.index(handed[0]) < events.index(handed[-1]) - 1
 
     # a partial, foreign or non-finite set of weights never reaches the engine
     name = "model.layers.0.mlp.up_proj.weight"

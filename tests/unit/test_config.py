@@ -177,6 +177,8 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("rollout.overlap=true", "strategy=la_tb", "buffer.log_p_old=none"), "=none with rollout"),
         (("rollout.overlap=true", "rollout.engine.sleep=true"), "rollout.engine.sleep=true with"),
         (("rollout.overlap=true", "guard=min_p"), "min_p=0.05 with rollout.overlap=true"),
+        (("rollout.overlap=true", "rollout.score_while_generating=true"), "generating=true with"),
+        (("guard=min_p", "rollout.score_while_generating=true"), "min_p=0.05 with rollout.score"),
         (("model=hf",), "model.path"),
         (("model.prompt_route=poem",), "prompt_route=poem: choose one of auto, plain, chat"),
         (("model.base_dtype=int8",), "model.base_dtype=int8"),

@@ -114,6 +114,17 @@ def _check_log_p_old(config: TrainConfig) -> None:
         f"guard.min_p={config.guard.min_p} with rollout.overlap=true: what the guard allows is "
         "found by the trainer, whose weights have moved on: take guard=none or overlap=false",
     )
+    early = config.rollout.score_while_generating
+    require(
+        not early or not overlap,
+        "rollout.score_while_generating=true with rollout.overlap=true: the trainer makes updates "
+        "while the engine samples, so the base cannot score meanwhile: set one of them to false",
+    )
+    require(
+        not early or config.guard.min_p == 0,
+        f"guard.min_p={config.guard.min_p} with rollout.score_while_generating=true: what the base "
+        "may count is known when the policy has scored all of a refill: set one of them off",
+    )
 
 
 def _is_rl(config: TrainConfig) -> bool:

@@ -77,6 +77,7 @@ class RolloutConfig:
     logp_gap_trajectories: int = MISSING
     logp_gap_limit: float = MISSING
     overlap: bool = MISSING
+    score_while_generating: bool = MISSING
     engine: dict[str, Any] = MISSING
 
 

@@ -13,6 +13,8 @@ from powerflow_lit.diverged import DivergedError
 from powerflow_lit.mendable import MendableError
 from powerflow_lit.types import Completion, Sampling
 
+OnFinished = Callable[[int, Sequence[Completion]], None]
+
 
 class EngineError(MendableError, RuntimeError):
     """The engine cannot do what was asked; the message says what to change."""
@@ -71,12 +73,15 @@ class RolloutEngine(Protocol):
         on_progress: Callable[[int, int], None] | None = None,
         *,
         max_new_tokens: Sequence[int] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions for each prompt's token ids, reproducible by seed.
 
         `on_progress(responses finished, tokens of those)` is called for each token or so; what it
         raises ends the work, and leaves the engine usable.
         `max_new_tokens` gives each prompt a limit of its own in place of the sampling's.
+        `on_finished(number of the prompt, its completions)` is called for each prompt as soon as
+        all of its completions are there, in the caller's thread.
         Whether log-probs are asked for (`sampling.log_probs`) changes no token.
         """
         ...

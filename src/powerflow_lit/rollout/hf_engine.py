@@ -21,6 +21,7 @@ from powerflow_lit.rollout.engine import (
     EngineError,
     EngineSpec,
     NonFiniteRolloutError,
+    OnFinished,
     check_weights,
 )
 from powerflow_lit.types import Completion, Sampling, TokenBatch
@@ -83,6 +84,7 @@ class HfEngine:
         on_progress: Callable[[int, int], None] | None = None,
         *,
         max_new_tokens: Sequence[int] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         if self.policy_version < 0:
             raise EngineError("generate before the first sync")
@@ -95,7 +97,8 @@ class HfEngine:
             for _ in range(sampling.samples_per_prompt)
         ]
         completions: list[Completion] = []
-        tokens = 0
+        n = sampling.samples_per_prompt
+        finished = tokens = 0
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(sampling.seed)
@@ -107,7 +110,9 @@ class HfEngine:
                 tokens += sum(len(c.token_ids) for c in batch)
                 if on_progress is not None:
                     on_progress(len(completions), tokens)
-        n = sampling.samples_per_prompt
+                while on_finished is not None and (finished + 1) * n <= len(completions):
+                    on_finished(finished, completions[finished * n : (finished + 1) * n])
+                    finished += 1
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:

@@ -8,7 +8,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from powerflow_lit.rollout.engine import EngineError, NonFiniteRolloutError, RolloutEngine
+from powerflow_lit.rollout.engine import (
+    EngineError,
+    NonFiniteRolloutError,
+    OnFinished,
+    RolloutEngine,
+)
 from powerflow_lit.types import Completion, Sampling
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
@@ -72,6 +77,7 @@ class RebuildingEngine:
         on_progress: Callable[[int, int], None] | None = None,
         *,
         max_new_tokens: Sequence[int] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         """As any engine's.
 
@@ -82,8 +88,13 @@ class RebuildingEngine:
         """
 
         def ask() -> list[list[Completion]]:
-            limits = max_new_tokens
-            return self._engine.generate(prompts, sampling, on_progress, max_new_tokens=limits)
+            return self._engine.generate(
+                prompts,
+                sampling,
+                on_progress,
+                max_new_tokens=max_new_tokens,
+                on_finished=on_finished,
+            )
 
         groups = self._finite(ask, _log_probs)
         self._refuse_torn(groups, sampling)

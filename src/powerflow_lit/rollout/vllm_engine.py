@@ -17,6 +17,7 @@ from powerflow_lit.rollout.engine import (
     EngineError,
     EngineSpec,
     NonFiniteRolloutError,
+    OnFinished,
     check_weights,
 )
 from powerflow_lit.rollout.host_state import classes_kept, group_kept, trainer_state_kept
@@ -178,6 +179,7 @@ class VllmEngine:
         on_progress: Callable[[int, int], None] | None = None,
         *,
         max_new_tokens: Sequence[int] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
         # vLLM refuses several greedy samples of a prompt, which would be copies
@@ -202,17 +204,26 @@ class VllmEngine:
             )
             for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
-        results = self._run(requests, on_progress)
-        return [[_completion(output) for output in result.outputs] * copies for result in results]
+        groups: dict[int, list[Completion]] = {}
+
+        def finished(number: int, result: Any) -> None:
+            groups[number] = [_completion(output) for output in result.outputs] * copies
+            if on_finished is not None:
+                on_finished(number, groups[number])
+
+        self._run(requests, on_progress, finished)
+        return [groups[number] for number in range(len(prompts))]
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         parameters = self._vllm.SamplingParams(
             max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=1.0
         )
         fed = [[*p, *r][: self._room - 1] for p, r in rows]
-        results = self._run([(ids, parameters) for ids in fed], None)
+        results: dict[int, Any] = {}
+        self._run([(ids, parameters) for ids in fed], None, results.__setitem__)
         scores = []
-        for (prompt, _), ids, result in zip(rows, fed, results, strict=True):
+        for number, ((prompt, _), ids) in enumerate(zip(rows, fed, strict=True)):
+            result = results[number]
             places = zip(result.prompt_logprobs[len(prompt) :], ids[len(prompt) :], strict=True)
             scores.append([entry[token].logprob for entry, token in places])
         return scores
@@ -280,8 +291,10 @@ class VllmEngine:
         self,
         requests: Sequence[tuple[list[int], Any]],
         on_progress: Callable[[int, int], None] | None,
-    ) -> list[Any]:
-        """Results of (prompt ids, SamplingParams) in order; an interrupt aborts what is left.
+        on_result: Callable[[int, Any], None],
+    ) -> None:
+        """Results of (prompt ids, SamplingParams), each with its number as soon as it is there; an
+        interrupt aborts what is left.
 
         Raises:
             NonFiniteRolloutError: some logits were not finite.
@@ -291,7 +304,6 @@ class VllmEngine:
         engine = self._engine
         first = self._requests
         self._requests += len(requests)
-        results: dict[int, Any] = {}
         samples = tokens = 0
         with trainer_state_kept():
             try:
@@ -302,7 +314,7 @@ class VllmEngine:
                     for result in engine.step():
                         if not result.finished:
                             continue
-                        results[int(result.request_id)] = result
+                        on_result(int(result.request_id) - first, result)
                         samples += len(result.outputs)
                         tokens += sum(len(output.token_ids) for output in result.outputs)
                     if on_progress is not None:  # a run that is asked to stop raises here
@@ -314,7 +326,6 @@ class VllmEngine:
                 finite = self._logits.take()
         if not finite:
             raise NonFiniteRolloutError("some of the next tokens' logits are NaN or infinite")
-        return [results[first + i] for i in range(len(requests))]
 
 
 def _why(error: Exception, spec: EngineSpec) -> str:
