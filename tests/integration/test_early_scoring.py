@@ -18,7 +18,10 @@ from powerflow_lit.types import Completion
 from tests.faults.runs import assert_same, assert_same_run, last_checkpoint
 from tests.integration.test_overlap import one_thread, trained  # noqa: F401 - autouse
 
-EARLY = ("refills=2", "rollout.score_while_generating=true", "rollout.engine.sequences_per_batch=4")
+EARLY = (
+    "refills=2", "rollout.score_while_generating=true", "rollout.engine.sequences_per_batch=4",
+    "callbacks.evaluation.every_n_refills=1",
+)  # fmt: skip
 PROMPTS = [(1, 2), (3,), (4, 5, 6)]
 
 
