@@ -135,14 +135,14 @@ def test_the_contract_of_an_engine(
     # each prompt is handed over when all of its responses are there, before those of longer ones
     events: list[Any] = []
     groups = engine.generate(
-        PROMPTS, SAMPLING, lambda done, _: events.append(done), max_new_tokens=[24, 2, 24],
+        PROMPTS, SAMPLING, lambda done, _: events.append(done), max_new_tokens=[24, 1, 24],
         on_finished=lambda number, group: events.append((number, group)),
     )  # fmt: skip
     handed = [event for event in events if isinstance(event, tuple)]
     assert sorted(handed, key=lambda event: event[0]) == list(enumerate(groups))
     if engine.name == "vllm":  # generate keeps a batch to its end
-        assert handed[0] == (1, groups[1])
-        assert events.index(handed[0]) < events.index(handed[-1]) - 1
+        short, long = events.index((1, groups[1])), events.index((0, groups[0]))
+        assert any(isinstance(event, int) for event in events[short:long])
 
     # a partial, foreign or non-finite set of weights never reaches the engine
     name = "model.layers.0.mlp.up_proj.weight"
