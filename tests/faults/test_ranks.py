@@ -1,4 +1,4 @@
-"""Runs on two ranks over gloo, started by Lightning, torchrun and as SLURM does, and what ends them.
+"""Runs on two ranks over gloo, started by Lightning, torchrun and as by SLURM; what ends them.
 
 No rank is left waiting for another, whatever ends one of them and wherever; and a run that goes on
 ends as if nothing had ended it.
@@ -59,17 +59,14 @@ def test_a_rank_that_is_killed_takes_the_other_with_it(
 ) -> None:
     # rollouts of minutes: a rank amid one would not miss the other before its end
     slow = ("rollout.samples_per_prompt=4096", "rollout.engine.sequences_per_batch=64")
-    more = slow if moment == "rollout" else ()
-    first = "callbacks.evaluation.max_prompts=1"
-    process = start(tmp_path, *LONG, *more, first)
+    process = start(tmp_path, *LONG, *(slow if moment == "rollout" else ()))
     if moment == "rollout":
         until_line(process, "prompts as plain text")
-        while not (tmp_path / "run" / "problems.csv").exists():
+        pids = ranks_of(process)
+        while len(pids) < 2 or _cpu_seconds(pids[1]) < 15:  # far into its first rollout
             assert process.poll() is None
-            pids = ranks_of(process)
-            if len(pids) == 2 and _cpu_seconds(pids[1]) > 25:  # far into its first rollout
-                break
             time.sleep(0.5)
+            pids = ranks_of(process)
     else:
         until_line(process, "refill   1/50")
         pids = ranks_of(process)
@@ -189,6 +186,18 @@ def test_slurms_tasks_find_one_folder(tmp_path: Path, whole: Path) -> None:
         assert code == 0, output[-3000:]
     (run,) = (tmp_path / "outputs" / "arithmetic" / "tiny").glob("*/*/")
     assert_same_run(whole, run)
+
+
+def test_ranks_that_sample_ahead_are_stopped_and_go_on(tmp_path: Path) -> None:
+    ahead = (*QUICK, *RANKS, "rollout.overlap=true", "refills=3")
+    finish(tmp_path, *ahead, "run_dir=whole")
+    process = start(tmp_path, *ahead, "run_dir=run")
+    until_line(process, "refill   1/3")
+    kill(process, signal.SIGTERM)
+    code, output = end_of(process, within=DEADLINE)
+    assert code == 128 + signal.SIGTERM, output[-3000:]
+    finish(tmp_path, "resume=run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_each_rank_samples_with_a_vllm_engine_of_its_own(tmp_path: Path) -> None:
