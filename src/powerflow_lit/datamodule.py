@@ -14,6 +14,7 @@ from powerflow_lit.clock import PhaseClock
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.rewarding import Rewarder, RewardSettings
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.ahead import Ahead, Sampled
 from powerflow_lit.rollout.metrics import rollout_metrics
@@ -57,6 +58,7 @@ class RolloutDataModule(L.LightningDataModule):
         prompt_route: `plain` text, `chat` template, or `auto`, which takes what there is.
         seed: of the prompt order and of sampling; refill r depends on (seed, r) alone.
         clock: where the seconds of rollout, scoring and sync are added up.
+        reward: of the strategy, where it takes one.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class RolloutDataModule(L.LightningDataModule):
         prompt_route: Route,
         seed: int,
         clock: PhaseClock,
+        reward: RewardSettings | None = None,
     ) -> None:
         super().__init__()
         self.task, self.tokenizer, self.buffer = task, tokenizer, buffer
@@ -83,6 +86,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.on_progress: Progress | None = None
         self.on_warning: Callable[[str], None] | None = None  # told what the run should remember
         self._scorer = Scorer(settings, pad_id=self.pad_id, report=self._report)
+        self._rewarder = Rewarder(reward, task, settings, pad_id=self.pad_id, report=self._report)
         self._engine_factory = engine_factory
         self._engine: RebuildingEngine | None = None
         self._engine_is_new = True  # nothing that it decoded was compared yet
@@ -154,12 +158,14 @@ class RolloutDataModule(L.LightningDataModule):
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
             )
+            trajectories = self._rewarder(module, trajectories)
         self._engine_is_new = self.engine_rebuilds != rebuilds  # then nothing of it was compared
-        self.buffer.add(trajectories, index)
+        trained = self._rewarder.trained(trajectories)
+        self.buffer.add(trained, index)
         self._ahead.used()
         self._trained_from = module.global_step
         if index == 0:
-            module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
+            module.calibrate(TrajectoryBatch.collate(trained, self.pad_id).to(module.device))
         self.tokens_generated += sum(t.length for t in trajectories)
         own = {
             "rollout/engine_rebuilds": float(self.engine_rebuilds),

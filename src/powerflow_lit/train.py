@@ -38,10 +38,14 @@ from powerflow_lit.wandb_login import wandb_mode
 
 def announce(config: TrainConfig, run_dir: Path) -> None:
     """What is about to run, in three lines."""
-    rollout = config.rollout
+    rollout, strategy = config.rollout, config.strategy
+    supervised = (
+        " (supervised: the reference answers are its reward)" if strategy.supervised else ""
+    )
+    unused = "" if strategy.uses_alpha else " (not used)"
     print(
-        f"{config.task.name} on {config.model.name}: strategy={config.strategy.name} "
-        f"alpha={config.alpha:g} epsilon={config.epsilon:g} seed={config.seed}\n"
+        f"{config.task.name} on {config.model.name}: strategy={strategy.name}{supervised} "
+        f"alpha={config.alpha:g}{unused} epsilon={config.epsilon:g} seed={config.seed}\n"
         f"{config.refills} refills of {rollout.prompts_per_refill} prompts x "
         f"{rollout.samples_per_prompt} rollouts, {config.buffer.updates_per_refill} updates each, "
         f"into {run_dir}"

@@ -242,8 +242,8 @@ class _LinearStatistics(torch.autograd.Function):
         hidden, weight, targets, bias, normaliser, *kept = ctx.saved_tensors
         plan: _Plan = ctx.plan
         count = len(plan.extras)
-        parts = zip(plan.extras, kept[:count], kept[count:], grads, strict=True)
-        used = [(extra, value, other, of) for extra, value, other, of in parts if of is not None]
+        extras = zip(plan.extras, kept[:count], kept[count:], grads, strict=True)
+        used = [(extra, value, other, of) for extra, value, other, of in extras if of is not None]
         if grad is None and not used:
             return (None,) * 5
         needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
@@ -254,22 +254,21 @@ class _LinearStatistics(torch.autograd.Function):
         for number, rows in enumerate(plan.chunks):
             logits = plan.logits(number, hidden, cast, bias)
             slope = plan.shape.slope(logits)
-            d_extra = None
-            for extra, value, other, of in used:
-                part = extra.gradient(logits, value[rows], other[rows]).mul_(of[rows, None])
-                d_extra = part if d_extra is None else d_extra.add_(part)
-                del part
+            parts = [
+                extra.gradient(logits, value[rows], other[rows]).mul_(of[rows, None])
+                for extra, value, other, of in used
+            ]
             if grad is not None:
                 logits = plan.restrict(number, logits)
                 # d log_prob / d logits is onehot - softmax
-                d_product = logits.sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
-                d_product.scatter_add_(1, targets[rows, None], grad[rows, None])
-                if d_extra is not None:
-                    d_product.add_(d_extra)
-            else:
-                d_product = d_extra
+                d_chosen = logits.sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
+                parts.append(d_chosen.scatter_add_(1, targets[rows, None], grad[rows, None]))
+                del d_chosen
+            d_product = parts.pop()
+            while parts:
+                d_product.add_(parts.pop())
             d_product.mul_(slope)
-            del logits, slope, d_extra
+            del logits, slope
             if d_bias is not None:
                 d_bias += d_product.sum(0)
             d_product = d_product.to(plan.dtype)
