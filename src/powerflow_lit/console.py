@@ -139,8 +139,8 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     alpha = f" alpha={summary['alpha']:g}" if summary.get("uses_alpha", True) else ""
     supervised = " (supervised)" if summary.get("supervised") else ""
     title = (
-        f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}{supervised}{alpha}, "
-        f"{summary['refills']} refills"
+        f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}{supervised}"
+        f"{alpha}, {summary['refills']} refills"
     )
     return metrics_table(title, columns)
 

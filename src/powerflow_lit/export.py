@@ -151,8 +151,8 @@ def model_card(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
             f"# {title}\n",
-            f"A policy trained {_how(strategy)} ([paper]({PAPER})). It was trained and measured at temperature 1; "
-            "`generation_config.json` is the base's.\n",
+            f"A policy trained {_how(strategy)} ([paper]({PAPER})). It was trained and measured at "
+            "temperature 1; `generation_config.json` is the base's.\n",
             _table(("", ""), facts.items()),
             "\n## Evaluation\n",
             _metrics(summary["base"], summary["final"]),
