@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ class Wrong(Arithmetic):
         return [replace(p, reference="none of these") for p in super().train_prompts()]
 
 
+@cache
 def config(strategy: str, *more: str, task: str | None = None) -> TrainConfig:
     own = [f"task.build._target_={HERE}.{task}"] if task else []
     few = ["rollout.prompts_per_refill=4", "rollout.samples_per_prompt=4", "refills=1",
-           "rollout.max_new_tokens=24", "model.threads=1", "optimizer.lr=1e-3"]  # fmt: skip
+           "rollout.max_new_tokens=32", "model.threads=1", "optimizer.lr=1e-3",
+           "task.build.train_size=16", "task.build.eval_size=2"]  # fmt: skip
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         overrides = [f"strategy={strategy}", "rollout=hf", "alpha=2", "run_dir=x", *few, *own]
         return train_config(compose("train", [*overrides, *more]))
@@ -96,8 +99,10 @@ def trained(chosen: TrainConfig) -> tuple[Tensor, list[Trajectory]]:
     return weights, list(data.buffer)
 
 
-def base_weights(chosen: TrainConfig) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in build_policy(chosen)[0].parameters()])
+@cache
+def base_weights() -> Tensor:
+    policy, _ = build_policy(config("powerflow"))
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
 def test_these_are_all_strategies() -> None:
@@ -107,13 +112,18 @@ def test_these_are_all_strategies() -> None:
 
 @pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - set(SUPERVISED)))
 def test_an_unsupervised_strategy_trains_without_a_look_at_any_reference(strategy: str) -> None:
-    """Poisoned references go unnoticed, and the weights are those of a run with the true ones."""
     poisoned, rollouts = trained(config(strategy, task="Poisoned"))
-    assert torch.equal(poisoned, trained(config(strategy))[0])
-    assert not torch.equal(poisoned, base_weights(config(strategy)))
+    assert not torch.equal(poisoned, base_weights())
     assert all(t.correct is None for t in rollouts)
     with_reward = config(strategy).strategy.reward is not None
     assert all((t.reward is not None) == with_reward for t in rollouts)
+
+
+@pytest.mark.parametrize("strategy", ["powerflow", "intuitor", "empo", "ttrl"])
+def test_nor_does_the_probe_of_correctness_change_a_weight(strategy: str) -> None:
+    wrong, rollouts = trained(config(strategy, task="Wrong"))
+    assert [t.correct for t in rollouts] == [False] * len(rollouts)
+    assert torch.equal(wrong, trained(config(strategy))[0])
 
 
 @pytest.mark.parametrize("strategy", SUPERVISED)
