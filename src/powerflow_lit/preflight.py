@@ -150,7 +150,7 @@ def _objective(config: TrainConfig) -> Any:
         log_z=zeros,
         format_penalty=zeros,
         prompt_index=torch.zeros(2, dtype=torch.long),
-        reward=torch.tensor([0.0, 1.0]),
+        reward=None if config.strategy.reward is None else torch.tensor([0.0, 1.0]),
         token_entropy=torch.ones(2, 2),
     )
     constants = config.strategy.calibrate

@@ -39,9 +39,7 @@ from powerflow_lit.wandb_login import wandb_mode
 def announce(config: TrainConfig, run_dir: Path) -> None:
     """What is about to run, in three lines."""
     rollout, strategy = config.rollout, config.strategy
-    supervised = (
-        " (supervised: the reference answers are its reward)" if strategy.supervised else ""
-    )
+    supervised = " (supervised: it learns from the references)" if strategy.supervised else ""
     unused = "" if strategy.uses_alpha else " (not used)"
     print(
         f"{config.task.name} on {config.model.name}: strategy={strategy.name}{supervised} "

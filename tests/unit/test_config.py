@@ -183,7 +183,7 @@ def test_powerflow_has_the_weight_of_eq_10_and_psi_and_others_only_by_definition
         (("strategy=ttrl", "strategy.reward.trained_share=0.3"), "rollouts are 2.4: must be"),
         (("strategy=ttrl", "rollout.samples_per_prompt=2"), "rollouts are 1: must be a whole"),
         (("strategy=ttrl", "strategy.reward.trained_share=0"), "must lie in .0, 1."),
-        (("strategy=grpo", "rollout.samples_per_prompt=1"), "2 or more"),
+        (("strategy=grpo", "rollout.samples_per_prompt=1"), "other rollouts: needs 2 or more"),
         (("strategy=intuitor", "guard=min_p"), "over the full vocabulary"),
         (("strategy=one_shot_em", "guard=min_p"), "over the full vocabulary"),
         (("strategy=one_shot_em", "strategy.format_penalty=-1"), "no place for a penalty"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +25,12 @@ from powerflow_lit.rewards import (
     self_certainty,
 )
 from powerflow_lit.rewards.inputs import checked_reward
+from powerflow_lit.rollout import ReplayBuffer
+from powerflow_lit.rollout.metrics import rollout_metrics
 from powerflow_lit.tasks.arithmetic import Arithmetic
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.tasks.boxed import BoxedAnswers
-from powerflow_lit.types import Prompt
+from powerflow_lit.types import Prompt, Trajectory, TrajectoryBatch
 
 # (prompt, answer class) of each rollout, prompts interleaved
 Rollouts = list[tuple[int, int]]
@@ -71,7 +75,7 @@ def frequency_by_hand(rollouts: Rollouts, unparsed: str, gate: str, least: float
     return rewards
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rollouts=ROLLOUTS,
     unparsed=st.sampled_from(["zero", "singleton"]),
@@ -113,7 +117,7 @@ def majority_by_hand(rollouts: Rollouts) -> list[float]:
     return rewards
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rollouts=ROLLOUTS)
 def test_a_majority_rewards_the_votes_for_it_and_nobody_without_votes(rollouts: Rollouts) -> None:
     assert majority_vote(inputs(rollouts)).tolist() == majority_by_hand(rollouts)
@@ -203,3 +207,45 @@ def test_a_task_without_answers_says_so() -> None:
 
     assert Answers().has_answers
     assert not Prose().has_answers
+
+
+# --- rewards on their way to the loss ------------------------------------------------------------
+
+
+def rollout(group: int, reward: float | None) -> Trajectory:
+    return Trajectory(
+        prompt=Prompt(group, "q"), group=group, prompt_ids=(1,), response_ids=(5, 2), response="r",
+        truncated=False, formatted=True, correct=None, policy_version=0, reward=reward,
+        log_p_old=torch.tensor([-0.5, -0.25]), log_p_base=torch.tensor([-1.0, -0.5]),
+    )  # fmt: skip
+
+
+def test_rewards_outlive_a_checkpoint_and_reach_the_batch(tmp_path: Path) -> None:
+    buffers = [
+        ReplayBuffer(max_staleness=0, updates_per_refill=1, prompts_per_update=None, seed=0)
+        for _ in range(2)
+    ]
+    buffers[0].add([rollout(g, r) for g, r in ((0, 0.25), (0, 1.0), (1, -3.5), (1, 0.0))], 0)
+    torch.save(buffers[0].state_dict(), tmp_path / "state")
+    buffers[1].load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    for buffer in buffers:
+        (batch,) = buffer.updates(pad_id=0)
+        batch = batch.to(torch.device("cpu"))
+        assert batch.reward is not None
+        found = sorted(zip(batch.prompt_id.tolist(), batch.reward.tolist(), strict=True))
+        assert found == [(0, 0.25), (0, 1.0), (1, -3.5), (1, 0.0)]
+
+
+def test_rollouts_without_rewards_make_a_batch_without_and_a_mixture_is_refused() -> None:
+    assert TrajectoryBatch.collate([rollout(0, None)], pad_id=0).reward is None
+    with pytest.raises(ValueError, match="1 of 2 trajectories have a reward"):
+        TrajectoryBatch.collate([rollout(0, None), rollout(0, 1.0)], pad_id=0)
+
+
+def test_metrics_say_how_many_prompts_teach_nothing() -> None:
+    rewards = [(0, 1.0), (0, 1.0), (1, 0.0), (1, 1.0), (2, 0.5), (2, 0.5)]
+    found = rollout_metrics([rollout(g, r) for g, r in rewards])
+    assert found["rollout/reward_mean"] == pytest.approx(4 / 6)
+    assert found["rollout/reward_std"] == pytest.approx(statistics.pstdev(r for _, r in rewards))
+    assert found["rollout/reward_flat_frac"] == pytest.approx(2 / 3)
+    assert not any("reward" in name for name in rollout_metrics([rollout(0, None)]))

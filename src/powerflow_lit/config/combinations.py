@@ -38,7 +38,7 @@ def check_combinations(config: TrainConfig) -> None:
         "the start",
     )
     log_z = str(config.log_z.get("_target_", "")).rpartition(".")[2]
-    needs_group = is_rl or config.strategy.reward or log_z in ("GroupLogZ", "GroupLooLogZ")
+    needs_group = is_rl or log_z in ("GroupLogZ", "GroupLooLogZ")
     require(
         not needs_group or config.rollout.samples_per_prompt > 1,
         f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with a baseline from the "
@@ -149,6 +149,11 @@ def _check_reward(config: TrainConfig) -> None:
         )
     if reward is None:
         return
+    require(
+        samples > 1,
+        f"rollout.samples_per_prompt={samples} with strategy={strategy.name}: a reward counts "
+        "against those of the prompt's other rollouts: needs 2 or more",
+    )
     share = reward.trained_share
     require(0 < share <= 1, f"strategy.reward.trained_share={share}: must lie in (0, 1]")
     trained = share * samples

@@ -95,13 +95,18 @@ class PpoClip:
     ratio: Literal["token", "sequence"]
     epsilon_low: float
     epsilon_high: float
-    is_used: bool = True
 
     def __post_init__(self) -> None:
         if self.ratio not in ("token", "sequence"):
             raise ObjectiveError(f"ratio '{self.ratio}': choose token or sequence")
-        check_epsilon(self.epsilon_low)
+        if self.epsilon_low is None or self.epsilon_high is None:  # as an importance weight may
+            raise ObjectiveError("PPO's clip has two sides: give epsilon_low and epsilon_high")
         self._logged()
+
+    @property
+    def is_used(self) -> bool:
+        """Behaviour log-probs always matter."""
+        return True
 
     def __call__(self, inputs: LossInputs, advantage: Tensor) -> tuple[Tensor, Weights]:
         """The gain of each token, (N, T) with gradient, and the ratios to log.
