@@ -20,7 +20,12 @@ from powerflow_lit.callbacks import Evaluation, Samples, SelfCheck, StepMetrics
 from powerflow_lit.checkpoints import Checkpoint
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import as_dict
-from powerflow_lit.config.schema import FinetuneConfig, ModelConfig, TrainConfig
+from powerflow_lit.config.schema import (
+    FinetuneConfig,
+    ModelConfig,
+    StrategyConfig,
+    TrainConfig,
+)
 from powerflow_lit.config.secrets import hidden
 from powerflow_lit.console import RefillProgress
 from powerflow_lit.datamodule import RolloutDataModule
@@ -39,6 +44,7 @@ from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.monitor import Monitor, Rule
 from powerflow_lit.precision import with_half_precision
 from powerflow_lit.preflight import ranks_of
+from powerflow_lit.rewarding import RewardSettings
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.samplers import Decoding, EvaluationSettings
@@ -187,7 +193,16 @@ def build_datamodule(
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,
         clock=clock,
+        reward=reward_settings(config.strategy),
     )
+
+
+def reward_settings(strategy: StrategyConfig) -> RewardSettings | None:
+    """The strategy's reward; None where it takes none."""
+    chosen = strategy.reward
+    if chosen is None:
+        return None
+    return RewardSettings(instantiate(chosen.function), tuple(chosen.reads), chosen.trained_share)
 
 
 def build_trainer(
@@ -333,6 +348,9 @@ def build_wandb(config: TrainConfig, run_dir: Path) -> Logger:
 
 def wandb_tags(config: TrainConfig) -> list[str]:
     """What a panel or a table is filtered by, then the user's own; W&B takes 64 characters each."""
-    automatic = [config.strategy.name, config.task.name, config.model.name]
-    tags = [*automatic, f"alpha={config.alpha:g}", *config.logger.tags]
+    strategy = config.strategy
+    automatic = [strategy.name, config.task.name, config.model.name]
+    automatic += [f"alpha={config.alpha:g}"] if strategy.uses_alpha else []
+    automatic += ["supervised"] if strategy.supervised else []
+    tags = [*automatic, *config.logger.tags]
     return list(dict.fromkeys(hidden(tag)[:64] for tag in tags))

@@ -117,6 +117,7 @@ NOISE = (
     "reduce_op",
     "your dataloader is not resumable",  # `buffer.Updates` is, by our own count
     "`training_step` returned `None`",
+    "`parameters` is an empty generator",  # a strategy without log Z has no head to clip
 )
 
 
@@ -136,9 +137,11 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     columns = {"base T=1": base}
     columns |= {f"base {name}": m for name, m in summary["base_decodings"].items()}
     columns["trained T=1"] = final
+    alpha = f" alpha={summary['alpha']:g}" if summary.get("uses_alpha", True) else ""
+    supervised = " (supervised)" if summary.get("supervised") else ""
     title = (
-        f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}"
-        f" alpha={summary['alpha']:g}, {summary['refills']} refills"
+        f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}{supervised}"
+        f"{alpha}, {summary['refills']} refills"
     )
     return metrics_table(title, columns)
 

@@ -17,6 +17,7 @@ from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.prompt_order import prompts_of, usable_prompts
+from powerflow_lit.rewarding import Rewarder, RewardSettings
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.ahead import Ahead, Sampled, joined
 from powerflow_lit.rollout.buffer import Updates
@@ -49,6 +50,7 @@ class RolloutDataModule(L.LightningDataModule):
         prompt_route: `plain` text, `chat` template, or `auto`, which takes what there is.
         seed: of the prompt order and of sampling; refill r depends on (seed, r) alone.
         clock: where the seconds of rollout, scoring and sync are added up.
+        reward: of the strategy, where it takes one.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class RolloutDataModule(L.LightningDataModule):
         prompt_route: Route,
         seed: int,
         clock: PhaseClock,
+        reward: RewardSettings | None = None,
     ) -> None:
         super().__init__()
         self.task, self.tokenizer, self.buffer = task, tokenizer, buffer
@@ -75,6 +78,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.on_progress: Progress | None = None
         self.on_warning: Callable[[str], None] | None = None  # told what the run should remember
         self._scorer = Scorer(settings, pad_id=self.pad_id, report=self._report)
+        self._rewarder = Rewarder(reward, task, settings, pad_id=self.pad_id, report=self._report)
         self._engine_factory = engine_factory
         self._engine: RebuildingEngine | None = None
         self._engine_is_new = True  # nothing that it decoded was compared yet
@@ -140,11 +144,12 @@ class RolloutDataModule(L.LightningDataModule):
         shares = ranks.gathered(lambda: self._refill_share(index))
         self._wait_over()
         trajectories = [t for own, _ in shares for t in own]
-        self.buffer.add(trajectories, index)
+        trained = self._rewarder.trained(trajectories)
+        self.buffer.add(trained, index)
         self._ahead.used()
         self._trained_from = module.global_step
         if index == 0:
-            module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
+            module.calibrate(TrajectoryBatch.collate(trained, self.pad_id).to(module.device))
         self.tokens_generated += sum(t.length for t in trajectories)
         scoring = pooled([(found, sum(t.length for t in own)) for own, found in shares])
         self.refill_metrics = {**rollout_metrics(trajectories), **scoring}
@@ -165,6 +170,7 @@ class RolloutDataModule(L.LightningDataModule):
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
             )
+            trajectories = self._rewarder(module, trajectories)
         self._engine_is_new = self.engine_rebuilds != rebuilds  # then nothing of it was compared
         self._done_at = time.perf_counter()
         return trajectories, {

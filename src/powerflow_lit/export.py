@@ -130,7 +130,8 @@ def model_card(
         tuning += "and apart in `adapter/`"
     facts = {
         "base": f"`{base}`" + (f" at `{model['revision']}`" if model["revision"] else ""),
-        "alpha (power of the base)": f"{config['alpha']:g}",
+        "alpha (power of the base)": f"{config['alpha']:g}"
+        + ("" if strategy.get("uses_alpha", True) else " (not used)"),
         "strategy": f"{strategy['name']}, epsilon {config['epsilon']:g}, "
         f"psi {strategy['format_penalty']:g}",
         "log Z": str(config["log_z"].get("_target_", "")).rpartition(".")[2],
@@ -150,9 +151,8 @@ def model_card(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
             f"# {title}\n",
-            "A policy trained without labels towards the alpha-power of its base "
-            f"([paper]({PAPER})). It was trained and measured at temperature 1; "
-            "`generation_config.json` is the base's.\n",
+            f"A policy trained {_how(strategy)} ([paper]({PAPER})). It was trained and measured at "
+            "temperature 1; `generation_config.json` is the base's.\n",
             _table(("", ""), facts.items()),
             "\n## Evaluation\n",
             _metrics(summary["base"], summary["final"]),
@@ -163,10 +163,21 @@ def model_card(
     )
 
 
-def data_notes(data: RolloutDataModule) -> dict[str, str]:
+def _how(strategy: Mapping[str, Any]) -> str:
+    """What it learned from, in a phrase."""
+    labels = (
+        "with the reference answers as labels" if strategy.get("supervised") else ("without labels")
+    )
+    if strategy.get("uses_alpha", True):
+        return f"{labels} towards the alpha-power of its base"
+    return f"{labels} by `{strategy['name']}`"
+
+
+def data_notes(data: RolloutDataModule, *, supervised: bool) -> dict[str, str]:
     """What the card says of the prompts."""
     notes = {
-        "prompts": f"{len(data.train_prompts)} to train on, without their answers; "
+        "prompts": f"{len(data.train_prompts)} to train on, "
+        f"{'with' if supervised else 'without'} their answers; "
         f"{len(data.eval_prompts)} to evaluate on"
     }
     if data.task.notes:

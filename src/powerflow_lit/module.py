@@ -43,7 +43,8 @@ class PowerFlowModule(L.LightningModule):
         policy: causal language model to train, all of it or the adapter that it carries.
         objective: `(LossInputs, *, alpha, **calibration) -> LossOutput`, see `objectives`. One with
             `uses_log_z` also offers `mismatch` and `weight`, from which closed forms take log Z.
-            One without `uses_log_p_old` is taken to use the behaviour log-probs.
+            One without `uses_log_p_old` is taken to use the behaviour log-probs. One with an
+            `entropy_temperature` is given the policy's token entropies at it.
         log_z: where log Z comes from; unused where the objective has none.
         alpha, alpha_schedule: the power, and how it is used over training.
         format_penalty: psi of a response without the task's format, 0 or negative.
@@ -90,6 +91,7 @@ class PowerFlowModule(L.LightningModule):
         self.strict_loading = not is_lora(policy)  # an adapter's checkpoint has no frozen weights
         self.uses_log_z = bool(getattr(objective, "uses_log_z", False))
         self.uses_log_p_old = bool(getattr(objective, "uses_log_p_old", True))
+        self.entropy_temperature = getattr(objective, "entropy_temperature", None)
         self.log_z = log_z if self.uses_log_z else LogZ()
         self.log_z.build(policy.config.get_text_config().hidden_size)
         self.objective = objective
@@ -141,7 +143,7 @@ class PowerFlowModule(L.LightningModule):
         self.step_metrics = {}
         self._skips_this_step = False
         scores = self.policy_scores(batch)  # log pi_theta, with gradient
-        inputs = self.loss_inputs(batch, scores.log_prob)
+        inputs = replace(self.loss_inputs(batch, scores.log_prob), token_entropy=scores.entropy)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
         try:
             output = self.objective(inputs, alpha=self.alpha, **self.calibration)
@@ -176,9 +178,15 @@ class PowerFlowModule(L.LightningModule):
             tokens_per_microbatch=self.tokens_per_microbatch,
             logit_chunk_mb=self.logit_chunk_mb,
             pool=pool,
+            entropy_temperature=self.entropy_temperature,
         )
         shape = len(batch.prompt_index), int(tokens.response_lengths.max())
-        return replace(scores, log_prob=ranks.gather_rows(scores.log_prob, rows, shape))
+        entropy = scores.entropy
+        return replace(
+            scores,
+            log_prob=ranks.gather_rows(scores.log_prob, rows, shape),
+            entropy=None if entropy is None else ranks.gather_rows(entropy, rows, shape),
+        )
 
     def loss_inputs(self, batch: TrajectoryBatch, log_pf: Tensor) -> LossInputs:
         """The objective's inputs, log Z still 0. log_pf (N, T) nats.
@@ -194,6 +202,7 @@ class PowerFlowModule(L.LightningModule):
             log_z=log_pf.new_zeros(len(log_pf)),
             format_penalty=log_pf.new_tensor(self.format_penalty) * ~batch.formatted,
             prompt_index=batch.prompt_index,
+            reward=batch.reward,
         )
 
     def _ratios_unknown(self, batch: TrajectoryBatch) -> bool:
@@ -258,6 +267,7 @@ class PowerFlowModule(L.LightningModule):
             scores = self.policy_scores(batch)
         # judged at their own merit: no importance weight between the policy and whoever drew them
         inputs = replace(self.loss_inputs(batch, scores.log_prob), log_p_old=scores.log_prob)
+        inputs = replace(inputs, token_entropy=scores.entropy)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
         return self.objective(inputs, alpha=self.alpha, **self.calibration).residual
 

@@ -75,8 +75,9 @@ def light_parts(config: TrainConfig) -> Parts:
     """Builds what a wrong value shows in, and tries it; imports torch and the task's libraries.
 
     Raises:
-        ConfigError: the device is not there, a `_target_` refuses its values (the objective also
-            those that it reads when it is called), or there are too few prompts for a refill.
+        ConfigError: the device is not there, a `_target_` refuses its values (objective and reward
+            also those that they read when they are called), the reward cannot be computed on the
+            task, or there are too few prompts for a refill.
         TaskError: the task's data cannot be used.
         ModelError: the model's tokenizer does not know the words of a prompt.
     """
@@ -85,6 +86,7 @@ def light_parts(config: TrainConfig) -> Parts:
     objective = _objective(config)
     _built("log_z", config.log_z)
     task: Task = _built("task.build", config.task.build)
+    _check_reward(config, task)
     train, evaluation = task.train_prompts(), task.eval_prompts()
     require(len(evaluation) > 0, f"task {config.task.name} has no evaluation prompts")
     _check_prompts(config, train)
@@ -198,6 +200,8 @@ def _objective(config: TrainConfig) -> Any:
         log_z=zeros,
         format_penalty=zeros,
         prompt_index=torch.zeros(2, dtype=torch.long),
+        reward=None if config.strategy.reward is None else torch.tensor([0.0, 1.0]),
+        token_entropy=torch.ones(2, 2),
     )
     constants = config.strategy.calibrate
     numbers = {n: 1.0 if isinstance(v, str) else float(v) for n, v in constants.items()}
@@ -220,6 +224,50 @@ def _objective(config: TrainConfig) -> Any:
     except Exception:  # such as that of an objective which reads more than these inputs hold
         return objective
     return objective
+
+
+def _check_reward(config: TrainConfig, task: Task) -> None:
+    """That the strategy's reward can be computed on the task; it is tried on two rollouts."""
+    chosen = config.strategy.reward
+    if chosen is None:
+        return
+    import torch
+
+    from powerflow_lit.rewards import RewardError, RewardInputs
+    from powerflow_lit.rewards.inputs import checked_reward
+
+    name = f"strategy={config.strategy.name}"
+    require(
+        "answer_class" not in chosen.reads or task.has_answers,
+        f"{name} compares the answers of a prompt's rollouts, and task={config.task.name} has "
+        "none: take a task with answers, such as arithmetic or reasoning",
+    )
+    if config.strategy.supervised:
+        prompts = task.train_prompts()
+        unknown = [p.id for p in prompts if task.is_correct(p, "") is None]
+        require(
+            not unknown,
+            f"{name} is supervised, and {len(unknown)} of {len(prompts)} training prompts of "
+            f"task={config.task.name} have no reference: leave them out, or take an unsupervised "
+            "strategy",
+        )
+    two = torch.zeros(2, dtype=torch.long)
+    read = {"answer_class": two, "self_certainty": torch.ones(2), "correct": two.bool()}
+    inputs = RewardInputs(
+        prompt_index=two,
+        lengths=two + 1,
+        formatted=two.bool(),
+        truncated=two.bool(),
+        read={reader: read[reader] for reader in chosen.reads},
+    )
+    try:
+        checked_reward(_built("strategy.reward.function", chosen.function), inputs)
+    except RewardError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except TypeError as error:
+        if TRACEBACKS.get():
+            raise
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _check_prompts(config: TrainConfig, prompts: Sequence[Prompt]) -> None:

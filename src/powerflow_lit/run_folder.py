@@ -129,6 +129,7 @@ def sample_rows(
             "log_pf": _sum_or_none(t.log_p_old),
             "format_penalty": 0.0 if t.formatted else format_penalty,
             "correct": t.correct,
+            "reward": t.reward,
         }
         for t in trajectories
     ]

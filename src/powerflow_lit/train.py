@@ -41,12 +41,14 @@ from powerflow_lit.wandb_login import wandb_mode
 
 def announce(config: TrainConfig, run_dir: Path) -> None:
     """What is about to run, in three lines."""
-    rollout = config.rollout
-    ranks = ranks_of(config)
+    rollout, strategy, ranks = config.rollout, config.strategy, ranks_of(config)
+    supervised = " (supervised: it learns from the references)" if strategy.supervised else ""
+    unused = "" if strategy.uses_alpha else " (not used)"
     print(
-        f"{config.task.name} on {config.model.name}: strategy={config.strategy.name} "
-        f"alpha={config.alpha:g} epsilon={config.epsilon:g} seed={config.seed}"
-        f"{f', on {ranks} ranks' if ranks > 1 else ''}\n"
+        f"{config.task.name} on {config.model.name}: strategy={strategy.name}{supervised} "
+        f"alpha={config.alpha:g}{unused} epsilon={config.epsilon:g} seed={config.seed}"
+        f"{f', on {ranks} ranks' if ranks > 1 else ''}
+"
         f"{config.refills} refills of {rollout.prompts_per_refill} prompts x "
         f"{rollout.samples_per_prompt} rollouts, {config.buffer.updates_per_refill} updates each, "
         f"into {run_dir}"

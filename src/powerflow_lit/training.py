@@ -138,7 +138,8 @@ def _run(
             ending["stopped_by"] = stopped_by
         elif config.callbacks.export and first:
             summary = _summary(config, module, data, evaluation, clock, ending)
-            card = hidden(model_card(as_dict(config), summary, data_notes(data)))
+            notes = data_notes(data, supervised=config.strategy.supervised)
+            card = hidden(model_card(as_dict(config), summary, notes))
             dtype = config.callbacks.export_dtype
             with explained(lambda: how_to_go_on(run_dir)):
                 export(policy, tokenizer, run_dir, dtype=dtype, card=card)
@@ -283,6 +284,8 @@ def _summary(
         "model": config.model.name,
         "finetune": config.finetune.kind,
         "strategy": config.strategy.name,
+        "supervised": config.strategy.supervised,
+        "uses_alpha": config.strategy.uses_alpha,
         "alpha": config.alpha,
         "epsilon": config.epsilon,
         "seed": config.seed,

@@ -89,6 +89,7 @@ class Trajectory:
     log_p_old: Tensor  # (L,) float32 nats, over the allowed tokens where there is a guard
     log_p_base: Tensor  # (L,) float32 nats, over the same tokens
     allowed: AllowedTokens | None = None  # L places; None is the full vocabulary
+    reward: float | None = None  # None where the strategy takes none
 
     @property
     def length(self) -> int:
@@ -161,13 +162,15 @@ class TrajectoryBatch:
     prompt_index: Tensor  # (N,) long, equal within a group
     prompt_id: Tensor  # (N,) long, the task's id of the prompt
     policy_version: Tensor  # (N,) long
+    reward: Tensor | None = None  # (N,) float; None where the strategy takes none
 
     @classmethod
     def collate(cls, trajectories: Sequence[Trajectory], pad_id: int) -> TrajectoryBatch:
         """Padded to the longest.
 
         Raises:
-            ValueError: some trajectories were sampled under a guard and some were not.
+            ValueError: some trajectories were sampled under a guard and some were not, or some have
+                a reward and some have none.
         """
         allowed = [t.allowed for t in trajectories if t.allowed is not None]
         if allowed and len(allowed) < len(trajectories):
@@ -175,6 +178,9 @@ class TrajectoryBatch:
                 f"{len(allowed)} of {len(trajectories)} trajectories of an update have a guard: "
                 "guard.min_p cannot be switched on or off while stale trajectories are held"
             )
+        rewards = [t.reward for t in trajectories if t.reward is not None]
+        if rewards and len(rewards) < len(trajectories):
+            raise ValueError(f"{len(rewards)} of {len(trajectories)} trajectories have a reward")
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         tokens = TokenBatch.collate(rows, pad_id, allowed or None)
         pad = torch.nn.utils.rnn.pad_sequence
@@ -186,10 +192,10 @@ class TrajectoryBatch:
             prompt_index=torch.tensor([t.group for t in trajectories]),
             prompt_id=torch.tensor([t.prompt.id for t in trajectories]),
             policy_version=torch.tensor([t.policy_version for t in trajectories]),
+            reward=torch.tensor(rewards) if rewards else None,
         )
 
     def to(self, device: torch.device) -> TrajectoryBatch:
         """Moved to `device` (Lightning calls this before each step)."""
-        return TrajectoryBatch(
-            **{name: getattr(self, name).to(device) for name in self.__dataclass_fields__}
-        )
+        given = {n: x for n in self.__dataclass_fields__ if (x := getattr(self, n)) is not None}
+        return TrajectoryBatch(**{name: x.to(device) for name, x in given.items()})

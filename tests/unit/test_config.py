@@ -127,16 +127,22 @@ def test_by_default_a_run_is_warned_of_divergence_and_never_stopped_or_pulled() 
     assert checked("monitor=none").monitor.rules == {}
 
 
-def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
+def test_powerflow_has_the_weight_of_eq_10_and_psi_and_others_only_by_definition() -> None:
     powerflow = checked("epsilon=0.3").strategy
     assert powerflow.format_penalty == -0.5
     assert powerflow.objective["weight"] | {"_target_": ""} == {
         "_target_": "", "kind": "seq_sum", "epsilon_low": 0.3, "epsilon_high": 0.3,
     }  # fmt: skip
-    for strategy in set(choices("strategy")) - {"powerflow"}:
+    for strategy in set(choices("strategy")) - {"powerflow", "format_only"}:
         other = checked(f"strategy={strategy}").strategy
         assert other.format_penalty == 0
-        assert other.objective["weight"]["kind"] == "none"
+        kind = other.objective.get("weight", {}).get("kind", "none")
+        assert kind == ("seq_sum" if strategy.startswith("flowrl") else "none")
+    ablation = checked("strategy=format_only").strategy
+    assert (ablation.format_penalty, ablation.objective["weight"]["kind"]) == (-0.5, "seq_sum")
+    paper, released = (checked(f"strategy={s}").strategy for s in ("flowrl", "flowrl_unclipped"))
+    assert paper.objective["weight"]["epsilon_high"] == 0.2
+    assert released.objective["weight"]["epsilon_high"] is None
 
 
 @pytest.mark.parametrize(
@@ -170,6 +176,19 @@ def test_only_powerflow_has_the_weight_of_eq_10_and_psi() -> None:
         (("+monitor.rules.x={metric: a, above: 1, patience: 1}",), "monitor.rules.x.action"),
         (("monitor.pull_factor=1",), "monitor.pull_factor=1.0"),
         (("monitor=pull_alpha", "strategy=rl_traj"), "action=pull with strategy=rl_traj"),
+        (("monitor=pull_alpha", "strategy=grpo"), "strategy=grpo, which does not use alpha"),
+        (("strategy=grpo", "strategy.supervised=false"), "reads the reference answers: such a"),
+        (("strategy=empo", "strategy.supervised=true"), "does not hold correct"),
+        (("strategy=empo", "strategy.reward.reads=[answers]"), "did you mean answer_class"),
+        (("strategy=ttrl", "strategy.reward.trained_share=0.3"), "rollouts are 2.4: must be"),
+        (("strategy=ttrl", "rollout.samples_per_prompt=2"), "rollouts are 1: must be a whole"),
+        (("strategy=ttrl", "strategy.reward.trained_share=0"), "must lie in .0, 1."),
+        (("strategy=grpo", "rollout.samples_per_prompt=1"), "other rollouts: needs 2 or more"),
+        (("strategy=intuitor", "guard=min_p"), "over the full vocabulary"),
+        (("strategy=one_shot_em", "guard=min_p"), "over the full vocabulary"),
+        (("strategy=one_shot_em", "strategy.format_penalty=-1"), "no place for a penalty"),
+        (("strategy=intuitor", "rollout.overlap=true"), "its certainty is lost"),
+        (("strategy=grpo", "buffer.log_p_old=none"), "surrogate.ratio=token: the importance"),
         (("model.dtype=float64",), "model.dtype=float64"),
         (("buffer.log_p_old=both",), "auto, engine, trainer"),
         (("buffer.log_p_old=none",), "log_p_old=none with strategy.objective.weight.kind=seq_sum"),

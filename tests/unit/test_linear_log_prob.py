@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from powerflow_lit.models.linear_log_prob import linear_log_prob
+from powerflow_lit.models.linear_log_prob import linear_log_prob, linear_statistics
 from powerflow_lit.models.loading import ModelError, load_model
 from powerflow_lit.models.logprobs import OutputLayer, response_scores
 from powerflow_lit.models.probes import check_output_layer
@@ -103,6 +104,113 @@ def test_values_and_gradients_are_those_of_the_whole_log_softmax(
         ):
             assert theirs.abs().max() > 0.1
             torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [8, 1000])
+@pytest.mark.parametrize("guard", [False, True], ids=["", "guarded"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_entropies_and_certainties_are_those_of_the_whole_logits(
+    shape: str, guard: bool, rows_per_chunk: int
+) -> None:
+    """Values and gradients in float64, alone and beside the log-probs of the same pass."""
+    hidden, weight, bias, targets, grad = inputs(torch.float64)
+    allowed, _ = some_sets(targets) if guard else (None, None)
+    options = SHAPES[shape] | {"bias": bias if SHAPES[shape]["bias"] else None}
+    leaves = [hidden, weight] + ([bias] if SHAPES[shape]["bias"] else [])
+    logits = whole_logits(hidden, weight, **(options | {"temperature": 1.0}))
+    log_p = (logits / 0.5).log_softmax(-1)
+    tempered = logits / options["temperature"]
+    wanted = {
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "certainty": tempered.logsumexp(-1) - tempered.mean(-1),
+    }
+    found = linear_statistics(
+        hidden, weight, targets, **options, rows_per_chunk=rows_per_chunk, allowed=allowed,
+        entropy_temperature=0.5, certainty=True,
+    )  # fmt: skip
+    plain = linear_log_prob(
+        hidden, weight, targets, **options, rows_per_chunk=rows_per_chunk, allowed=allowed
+    )
+    assert torch.equal(found.log_prob, plain)
+    for name, expected in wanted.items():
+        ours = getattr(found, name)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+        assert_same_gradients(ours, expected, leaves, grad)
+    assert found.entropy is not None
+    assert found.certainty is not None
+    together = found.entropy + 0.3 * found.certainty - 2.0 * found.log_prob
+    expected = wanted["entropy"] + 0.3 * wanted["certainty"] - 2.0 * plain
+    assert_same_gradients(together, expected, leaves, grad)
+
+
+def whole_logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None, scale: float, soft_cap: float | None,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    logits = hidden @ weight.T
+    logits = scale * (logits if bias is None else logits + bias)
+    logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+    return logits / temperature
+
+
+def assert_same_gradients(ours: Tensor, wanted: Tensor, leaves: list[Tensor], grad: Tensor) -> None:
+    pairs = [torch.autograd.grad(x, leaves, grad, retain_graph=True) for x in (ours, wanted)]
+    for found, expected in zip(*pairs, strict=True):
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_certain_token_has_no_entropy_and_a_finite_gradient() -> None:
+    """Logits so far apart that float32 knows of one token only: 0 log 0 is 0."""
+    hidden = (1e4 * torch.eye(3, HIDDEN)).requires_grad_()
+    weight = torch.eye(VOCABULARY, HIDDEN)
+    found = linear_statistics(
+        hidden, weight, torch.arange(3), **PLAIN, rows_per_chunk=2, entropy_temperature=0.5
+    )
+    assert found.certainty is None
+    assert found.entropy is not None
+    assert found.entropy.tolist() == [0.0] * 3
+    (gradient,) = torch.autograd.grad(found.entropy.sum(), hidden)
+    assert (gradient == 0).all()
+
+
+def test_the_memory_of_entropies_and_certainties_is_that_of_a_few_chunks() -> None:
+    """However many rows there are, forward and backward."""
+    held = []
+    for times in (1, 8):
+        hidden, weight, _, targets, _ = inputs()
+        hidden = hidden.detach().repeat(times, 1).requires_grad_()
+        with Held() as one:
+            found = linear_statistics(
+                hidden, weight, targets.repeat(times), **PLAIN, rows_per_chunk=5,
+                entropy_temperature=0.5, certainty=True,
+            )  # fmt: skip
+            assert found.entropy is not None
+            assert found.certainty is not None
+            (found.entropy + found.certainty + found.log_prob).sum().backward()
+        held.append(one.most)
+    assert held[0] == held[1]
+    assert 5 * VOCABULARY <= held[0] <= 6 * 5 * VOCABULARY
+
+
+class Held(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most numbers that tensors with the vocabulary in their shape have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and VOCABULARY in result.shape and HIDDEN not in result.shape:
+            storage = result.untyped_storage()
+            place = storage.data_ptr()
+            if place not in self._alive:
+                self._alive[place] = result.numel()
+                weakref.finalize(result, self._alive.pop, place, None)
+            self.most = max(self.most, sum(self._alive.values()))
+        return result
 
 
 def test_a_frozen_output_layer_costs_no_gradient_and_a_frozen_trunk_none_either() -> None:

@@ -8,12 +8,17 @@ from powerflow_lit.config.rules import one_of, require
 from powerflow_lit.config.schema import TrainConfig
 
 SCALED_LOSS = ("16-mixed", "16")  # precisions for which Lightning scales the loss
+# as in the room of rewards, which imports torch; a test holds them against each other
+SUPERVISED = "correct"
+READABLE = ("answer_class", "self_certainty", SUPERVISED)
 
 
 def check_combinations(config: TrainConfig) -> None:
     """What strategy, log Z, alpha and the sizes of a refill ask of each other."""
     _check_updates(config)
     _check_log_p_old(config)
+    _check_reward(config)
+    _check_full_vocabulary(config)
     precision = config.trainer.get("precision")
     require(
         not (config.optimizer.fused and str(precision) in SCALED_LOSS),
@@ -72,6 +77,11 @@ def check_monitor(config: TrainConfig) -> None:
             f"{key}.action=pull with strategy={config.strategy.name}: beta = 1/(alpha-1) grows "
             "without bound as alpha nears 1; take action=stop or a balance strategy",
         )
+        require(
+            config.strategy.uses_alpha or rule.action != "pull",
+            f"{key}.action=pull with strategy={config.strategy.name}, which does not use alpha: "
+            "take action=warn or stop",
+        )
 
 
 def _check_updates(config: TrainConfig) -> None:
@@ -92,13 +102,15 @@ def _check_updates(config: TrainConfig) -> None:
 
 def _check_log_p_old(config: TrainConfig) -> None:
     chosen, overlap = config.buffer.log_p_old, config.rollout.overlap
-    weight = config.strategy.objective.get("weight")
-    kind = weight.get("kind", "none") if isinstance(weight, Mapping) else "none"
-    require(
-        chosen != "none" or kind == "none",
-        f"buffer.log_p_old=none with strategy.objective.weight.kind={kind}: the importance weight "
-        "needs the behaviour log-probs: take auto, engine or trainer",
-    )
+    for name in ("weight", "surrogate"):
+        weight = config.strategy.objective.get(name)
+        for key in ("kind", "ratio"):  # of an importance weight, of PPO's clip
+            value = weight.get(key, "none") if isinstance(weight, Mapping) else "none"
+            require(
+                chosen != "none" or value == "none",
+                f"buffer.log_p_old=none with strategy.objective.{name}.{key}={value}: the "
+                "importance weight needs the behaviour log-probs: take auto, engine or trainer",
+            )
     require(
         not overlap or chosen in ("auto", "engine"),
         f"buffer.log_p_old={chosen} with rollout.overlap=true: when the rollouts are there, the "
@@ -124,6 +136,64 @@ def _check_log_p_old(config: TrainConfig) -> None:
         not early or config.guard.min_p == 0,
         f"guard.min_p={config.guard.min_p} with rollout.score_while_generating=true: what the base "
         "may count is known when the policy has scored all of a refill: set one of them off",
+    )
+
+
+def _check_reward(config: TrainConfig) -> None:
+    """A reward reads what there is, and references only where the strategy says so."""
+    strategy, samples = config.strategy, config.rollout.samples_per_prompt
+    reward = strategy.reward
+    reads = [] if reward is None else reward.reads
+    for name in reads:
+        one_of("strategy.reward.reads", name, READABLE)
+    if strategy.supervised:
+        require(
+            SUPERVISED in reads,
+            f"strategy.supervised=true, but strategy.reward.reads does not hold {SUPERVISED}: set "
+            "strategy.supervised=false",
+        )
+    else:
+        require(
+            SUPERVISED not in reads,
+            f"strategy.reward.reads={reads} reads the reference answers: such a strategy says so "
+            "by strategy.supervised=true",
+        )
+    if reward is None:
+        return
+    require(
+        samples > 1,
+        f"rollout.samples_per_prompt={samples} with strategy={strategy.name}: a reward counts "
+        "against those of the prompt's other rollouts: needs 2 or more",
+    )
+    share = reward.trained_share
+    require(0 < share <= 1, f"strategy.reward.trained_share={share}: must lie in (0, 1]")
+    trained = share * samples
+    require(
+        trained >= 2 and trained == round(trained),
+        f"strategy.reward.trained_share={share:g} of rollout.samples_per_prompt={samples} rollouts "
+        f"are {trained:g}: must be a whole number of 2 or more",
+    )
+    require(
+        not config.rollout.overlap or "self_certainty" not in reads,
+        "rollout.overlap=true with a reward that reads self_certainty: the policy that sampled has "
+        "moved on when rewards are made, so its certainty is lost: take overlap=false",
+    )
+
+
+def _check_full_vocabulary(config: TrainConfig) -> None:
+    """Certainties and entropies are over the full vocabulary, a guarded policy is not."""
+    strategy, min_p = config.strategy, config.guard.min_p
+    reads = [] if strategy.reward is None else strategy.reward.reads
+    over_all = "self_certainty" in reads or "entropy_temperature" in strategy.objective
+    require(
+        min_p == 0 or not over_all,
+        f"guard.min_p={min_p} with strategy={strategy.name}: its certainty or entropy is over the "
+        "full vocabulary, which the guarded policy does not use: take guard=none",
+    )
+    require(
+        "entropy_temperature" not in strategy.objective or strategy.format_penalty == 0,
+        f"strategy.format_penalty={strategy.format_penalty} with strategy={strategy.name}: an "
+        "entropy has no place for a penalty: set it to 0",
     )
 
 

@@ -60,12 +60,22 @@ class TaskConfig:
 
 
 @dataclass
+class RewardConfig:
+    reads: list[str] = MISSING
+    trained_share: float = MISSING
+    function: dict[str, Any] = MISSING
+
+
+@dataclass
 class StrategyConfig:
     name: str = MISSING
+    supervised: bool = False  # only one that says so may read reference answers
+    uses_alpha: bool = True
     format_penalty: float = MISSING
     loss_scale: float = MISSING
     calibrate: dict[str, Any] = MISSING
     objective: dict[str, Any] = MISSING
+    reward: RewardConfig | None = None  # of strategies that take one
 
 
 @dataclass

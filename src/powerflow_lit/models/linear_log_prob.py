@@ -1,4 +1,7 @@
-"""Log-probs of given tokens from hidden states, without ever holding [tokens x vocabulary]."""
+"""Log-probs, entropies and certainties of tokens from hidden states, without [tokens x vocabulary].
+
+All come from one pass over chunks of logits, which the backward pass computes anew.
+"""
 
 from __future__ import annotations
 
@@ -83,11 +86,62 @@ def linear_log_prob(
     Returns:
         (M,) float32, nats.
     """
+    return linear_statistics(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        scale=scale,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        rows_per_chunk=rows_per_chunk,
+        allowed=allowed,
+    ).log_prob
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What one pass over M places yields, (M,) float32 nats each; None where not asked for."""
+
+    log_prob: Tensor
+    entropy: Tensor | None  # of the next token, over the full vocabulary
+    certainty: Tensor | None  # log-sum-exp less mean of the logits: KL(uniform || p) + log V
+
+
+def linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    temperature: float,
+    rows_per_chunk: int,
+    allowed: AllowedTokens | None = None,
+    entropy_temperature: float | None = None,
+    certainty: bool = False,
+) -> TokenStatistics:
+    """`linear_log_prob` with further numbers of the same logits, as differentiable as it is.
+
+    Args:
+        entropy_temperature: the entropy of softmax(logits / this), where it is given.
+        certainty: of the logits at `temperature`. Both are over the full vocabulary whatever a
+            guard allows.
+    """
     dtype = compute_dtype(weight)
     shape = LogitShape(scale, soft_cap, temperature)
     chunks = list(row_chunks(len(hidden), rows_per_chunk))
     sets = None if allowed is None else allowed.split([c.stop - c.start for c in chunks])
-    return _LinearLogProb.apply(hidden, weight, targets, bias, _Plan(shape, dtype, chunks, sets))  # type: ignore[no-any-return]
+    extras: list[_Extra] = []
+    if entropy_temperature is not None:
+        extras.append(_Entropy(entropy_temperature / temperature))
+    if certainty:
+        extras.append(_Certainty())
+    plan = _Plan(shape, dtype, chunks, sets, tuple(extras))
+    log_prob, *found = _LinearStatistics.apply(hidden, weight, targets, bias, plan)
+    entropy = found.pop(0) if entropy_temperature is not None else None
+    return TokenStatistics(log_prob, entropy, found.pop(0) if certainty else None)
 
 
 def row_chunks(rows: int, rows_per_chunk: int) -> Iterator[slice]:
@@ -103,6 +157,39 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class _Entropy:
+    """Entropy of softmax(logits / temperature)."""
+
+    temperature: float
+
+    def value(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, V) to the entropy and what the gradient needs beside it, (rows,) each."""
+        scaled = logits / self.temperature
+        normaliser = scaled.logsumexp(1)
+        return torch.special.entr(scaled.sub_(normaliser[:, None]).exp_()).sum(1), normaliser
+
+    def gradient(self, logits: Tensor, value: Tensor, normaliser: Tensor) -> Tensor:
+        """d entropy / d logits, (rows, V): -p (log p + H) / temperature."""
+        p = (logits / self.temperature).sub_(normaliser[:, None]).exp_()
+        return torch.special.entr(p).sub_(p.mul_(value[:, None])).div_(self.temperature)
+
+
+@dataclass(frozen=True)
+class _Certainty:
+    """Log-sum-exp of the logits less their mean."""
+
+    def value(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        normaliser = logits.logsumexp(1)
+        return normaliser - logits.mean(1), normaliser
+
+    def gradient(self, logits: Tensor, value: Tensor, normaliser: Tensor) -> Tensor:
+        return (logits - normaliser[:, None]).exp_().sub_(1 / logits.shape[1])
+
+
+_Extra = _Entropy | _Certainty
+
+
+@dataclass(frozen=True)
 class _Plan:
     """All that is no tensor of the graph."""
 
@@ -110,6 +197,7 @@ class _Plan:
     dtype: torch.dtype
     chunks: list[slice]
     allowed: list[AllowedTokens] | None
+    extras: tuple[_Extra, ...]
 
     def logits(self, number: int, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.shape.logits(hidden[self.chunks[number]], weight, bias, self.dtype)
@@ -124,29 +212,40 @@ class _Plan:
         return logits.masked_fill_(outside, -torch.inf)
 
 
-class _LinearLogProb(torch.autograd.Function):
+class _LinearStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, plan: _Plan
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         chosen = torch.empty(len(hidden), dtype=_wide(plan.dtype), device=hidden.device)
         normaliser = torch.empty_like(chosen)  # (M,) logsumexp
+        values = [torch.empty_like(chosen) for _ in plan.extras]
+        theirs = [torch.empty_like(chosen) for _ in plan.extras]  # normalisers
         cast = weight.to(plan.dtype)
         for number, rows in enumerate(plan.chunks):
-            logits = plan.restrict(number, plan.logits(number, hidden, cast, bias))
+            logits = plan.logits(number, hidden, cast, bias)
+            for extra, value, other in zip(plan.extras, values, theirs, strict=True):
+                value[rows], other[rows] = extra.value(logits)
+            logits = plan.restrict(number, logits)
             chosen[rows] = logits.gather(1, targets[rows, None])[:, 0]
             top = logits.amax(1, keepdim=True)
             normaliser[rows] = logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
             del logits  # before the next chunk's
-        ctx.save_for_backward(hidden, weight, targets, bias, normaliser)
+        ctx.save_for_backward(hidden, weight, targets, bias, normaliser, *values, *theirs)
         ctx.plan = plan
-        return chosen - normaliser
+        ctx.set_materialize_grads(False)  # of what nobody used there is none to compute
+        return (chosen - normaliser, *values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias, normaliser = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, bias, normaliser, *kept = ctx.saved_tensors
         plan: _Plan = ctx.plan
+        count = len(plan.extras)
+        extras = zip(plan.extras, kept[:count], kept[count:], grads, strict=True)
+        used = [(extra, value, other, of) for extra, value, other, of in extras if of is not None]
+        if grad is None and not used:
+            return (None,) * 5
         needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if needs_weight else None
@@ -155,10 +254,19 @@ class _LinearLogProb(torch.autograd.Function):
         for number, rows in enumerate(plan.chunks):
             logits = plan.logits(number, hidden, cast, bias)
             slope = plan.shape.slope(logits)
-            logits = plan.restrict(number, logits)
-            # d log_prob / d logits is onehot - softmax
-            d_product = logits.sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
-            d_product.scatter_add_(1, targets[rows, None], grad[rows, None])
+            parts = [
+                extra.gradient(logits, value[rows], other[rows]).mul_(of[rows, None])
+                for extra, value, other, of in used
+            ]
+            if grad is not None:
+                logits = plan.restrict(number, logits)
+                # d log_prob / d logits is onehot - softmax
+                d_chosen = logits.sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
+                parts.append(d_chosen.scatter_add_(1, targets[rows, None], grad[rows, None]))
+                del d_chosen
+            d_product = parts.pop()
+            while parts:
+                d_product.add_(parts.pop())
             d_product.mul_(slope)
             del logits, slope
             if d_bias is not None:

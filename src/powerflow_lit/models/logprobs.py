@@ -17,7 +17,7 @@ from powerflow_lit.models.guard import allowed_tokens, log_prob_over
 from powerflow_lit.models.linear_log_prob import (
     LogitShape,
     compute_dtype,
-    linear_log_prob,
+    linear_statistics,
     row_chunks,
 )
 from powerflow_lit.models.z_head import Pool
@@ -30,6 +30,8 @@ class Scores:
 
     log_prob: Tensor  # (N, T) float32, nats; 0 in the padding
     prompt_state: Tensor | None  # (N, h) pooled hidden states of the prompt, if asked for
+    entropy: Tensor | None = None  # (N, T) float32, nats, if asked for; as log_prob
+    certainty: Tensor | None = None  # the same
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,15 @@ def response_scores(
     logit_chunk_mb: float,
     temperature: float = 1.0,
     pool: Pool | None = None,
+    entropy_temperature: float | None = None,
+    certainty: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Log-probs of the response tokens, and pooled prompt states when `pool` is given.
 
     They are over the full vocabulary, or over `batch.allowed` where a guard has set it, and at
-    `temperature`. No more than `logit_chunk_mb` MB of logits exist at a time.
+    `temperature`. No more than `logit_chunk_mb` MB of logits exist at a time. Entropies and
+    certainties come from the same logits where they are asked for (`linear_statistics`).
 
     With more than one microbatch under gradient, all but the last are computed again in the
     backward pass, so that any loss over all N trajectories (group closed forms included) has the
@@ -96,7 +101,13 @@ def response_scores(
     passes = forward_passes(model, batch, tokens_per_microbatch)
     width = int(batch.response_lengths.max())
     score = partial(
-        _scores, model, pool=pool, temperature=temperature, logit_chunk_mb=logit_chunk_mb
+        _scores,
+        model,
+        pool=pool,
+        temperature=temperature,
+        logit_chunk_mb=logit_chunk_mb,
+        entropy_temperature=entropy_temperature,
+        certainty=certainty,
     )
     pieces, states = [], []
     for part in passes:
@@ -111,15 +122,21 @@ def response_scores(
         else:
             ragged, state = score(part)
         lengths = batch.response_lengths[part.rows]
-        padded = ragged.new_zeros(len(lengths), width)
         mask = torch.arange(width, device=lengths.device) < lengths[:, None]
-        pieces.append(padded.masked_scatter(mask, ragged))
+        pieces.append(
+            [
+                values.new_zeros(len(lengths), width).masked_scatter(mask, values)
+                for values in ragged
+            ]
+        )
         states.append(state)
         if on_progress is not None:
             on_progress(len(lengths))
     back = torch.argsort(torch.cat([part.rows for part in passes]))  # to the batch's order
-    log_prob = torch.cat(pieces)[back]
-    return Scores(log_prob, None if pool is None else torch.cat(states)[back])
+    log_prob, *others = (torch.cat(values)[back] for values in zip(*pieces, strict=True))
+    entropy = others.pop(0) if entropy_temperature is not None else None
+    found = others.pop(0) if certainty else None
+    return Scores(log_prob, None if pool is None else torch.cat(states)[back], entropy, found)
 
 
 @torch.no_grad()
@@ -171,11 +188,14 @@ def _scores(
     pool: Pool | None,
     temperature: float,
     logit_chunk_mb: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of all response tokens in a row (R,), and prompt states (n, h)."""
+    entropy_temperature: float | None,
+    certainty: bool,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Log-probs of all response tokens in a row (R,), then entropies and certainties where they
+    are asked for, and prompt states (n, h)."""
     states, targets, prompt_state = part.states(model, pool)
     output = OutputLayer.of(model)
-    log_prob = linear_log_prob(
+    found = linear_statistics(
         states,
         output.weight,
         targets,
@@ -185,5 +205,8 @@ def _scores(
         temperature=temperature,
         rows_per_chunk=output.rows_per_chunk(logit_chunk_mb),
         allowed=part.allowed,
+        entropy_temperature=entropy_temperature,
+        certainty=certainty,
     )
-    return log_prob, prompt_state
+    asked = (found.log_prob, found.entropy, found.certainty)
+    return tuple(values for values in asked if values is not None), prompt_state

@@ -1,7 +1,9 @@
-"""The paper's objectives as pure functions; one place for each equation."""
+"""The paper's objectives and its rivals' as pure functions; one place for each equation."""
 
 from powerflow_lit.objectives.balance import (
     BalanceObjective,
+    flowrl_mismatch,
+    format_only_mismatch,
     la_tb,
     la_tb_mismatch,
     powerflow,
@@ -11,6 +13,7 @@ from powerflow_lit.objectives.balance import (
     tb_traj_mismatch,
     token_variance,
 )
+from powerflow_lit.objectives.entropy import EntropyObjective
 from powerflow_lit.objectives.inputs import (
     LossInputs,
     LossOutput,
@@ -18,17 +21,27 @@ from powerflow_lit.objectives.inputs import (
     ObjectiveError,
 )
 from powerflow_lit.objectives.log_z import group_log_z, leave_one_out_log_z
-from powerflow_lit.objectives.policy_gradient import PolicyGradientObjective, rl_token, rl_traj
-from powerflow_lit.objectives.weights import ImportanceWeight
+from powerflow_lit.objectives.policy_gradient import (
+    PolicyGradientObjective,
+    RewardObjective,
+    rl_token,
+    rl_traj,
+)
+from powerflow_lit.objectives.weights import ImportanceWeight, PpoClip
 
 __all__ = [
     "BalanceObjective",
+    "EntropyObjective",
     "ImportanceWeight",
     "LossInputs",
     "LossOutput",
     "NonFiniteInputError",
     "ObjectiveError",
     "PolicyGradientObjective",
+    "PpoClip",
+    "RewardObjective",
+    "flowrl_mismatch",
+    "format_only_mismatch",
     "group_log_z",
     "la_tb",
     "la_tb_mismatch",

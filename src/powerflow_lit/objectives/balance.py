@@ -2,7 +2,7 @@
 
 Notation (nats): S = sum_t log pi_theta(y_t), B = sum_t log p_base(y_t), |y| the response length,
 s = S/|y|, b = B/|y|, psi the format penalty. Every objective is `mean(w * (log_z + mismatch)^2)`
-with its own mismatch and weight w. With psi all of them share one target,
+with its own mismatch and weight w. With psi all of the paper's share one target,
 p_base(y)^alpha * exp(alpha |y| psi). Source: arXiv 2603.18363 (equation numbers of v1).
 """
 
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from powerflow_lit.objectives.advantages import advantages
 from powerflow_lit.objectives.inputs import (
     LossInputs,
     LossOutput,
@@ -25,6 +26,7 @@ from powerflow_lit.objectives.inputs import (
     checked,
     lengths,
     masked_sum,
+    reward_of,
 )
 from powerflow_lit.objectives.weights import ImportanceWeight, Weights, weight_metrics
 
@@ -71,6 +73,26 @@ def tb_token_mismatch(
     if reading == "energy":
         return S - B - scale * (alpha - 1) * energy
     return S - alpha * energy
+
+
+def flowrl_mismatch(inputs: LossInputs, *, alpha: float, scale: float) -> Tensor:
+    """s - (b + psi) - scale A, FlowRL's residual without log Z; A is the reward as in GRPO.
+
+    Its target is p_base exp(scale |y| A), so that alpha is not used (FlowRL, arXiv 2509.15207).
+
+    Raises:
+        ObjectiveError: no reward, or a scale that is not positive.
+    """
+    if not scale > 0:
+        raise ObjectiveError(f"flowrl scale={scale} must be positive, e.g. 15")
+    S, B, L = sums(inputs)
+    reward = advantages(reward_of(inputs).to(S.dtype), inputs.prompt_index, "grpo")
+    return S / L - (B / L + inputs.format_penalty) - scale * reward
+
+
+def format_only_mismatch(inputs: LossInputs, *, alpha: float) -> Tensor:
+    """PowerFlow's at alpha = 1, whatever alpha is: nothing is sharpened, psi alone tilts."""
+    return la_tb_mismatch(inputs, alpha=1.0)
 
 
 def token_variance(inputs: LossInputs, *, alpha: float) -> Tensor:

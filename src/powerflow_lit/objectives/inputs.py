@@ -29,20 +29,22 @@ class LossInputs:
     log_z: Tensor  # (N,) float  log Z(q) or log Z'(q); may carry the gradient
     format_penalty: Tensor  # (N,) float  psi(y) <= 0
     prompt_index: Tensor  # (N,) long  equal for rollouts of one prompt
+    reward: Tensor | None = None  # (N,) float  of the rollout, for strategies that take one
+    token_entropy: Tensor | None = None  # (N, T) float  nats, of the policy; carries the gradient
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
         if self.mask.dtype != torch.bool or len(shape) != 2:
             raise ObjectiveError(f"mask must be bool (N, T), got {self.mask.dtype} {tuple(shape)}")
-        for name in ("log_pf", "log_p_base", "log_p_old"):
-            if getattr(self, name).shape != shape:
+        for name in ("log_pf", "log_p_base", "log_p_old", "token_entropy"):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ObjectiveError(f"{name} has shape {tuple(value.shape)}, mask {tuple(shape)}")
+        for name in ("log_z", "format_penalty", "prompt_index", "reward"):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape[:1]:
                 raise ObjectiveError(
-                    f"{name} has shape {tuple(getattr(self, name).shape)}, mask {tuple(shape)}"
-                )
-        for name in ("log_z", "format_penalty", "prompt_index"):
-            if getattr(self, name).shape != shape[:1]:
-                raise ObjectiveError(
-                    f"{name} has shape {tuple(getattr(self, name).shape)}, expected ({shape[0]},)"
+                    f"{name} has shape {tuple(value.shape)}, expected ({shape[0]},)"
                 )
 
 
@@ -56,8 +58,8 @@ class LossOutput:
 
 
 def checked(inputs: LossInputs) -> LossInputs:
-    """The inputs as an objective may use them: in at least float32, padding set to zero (so that
-    no NaN there reaches a gradient), and everything but log_pf and log_z cut off from gradients.
+    """The inputs as an objective may use them: in at least float32, padding set to zero (so that no
+    NaN there reaches a gradient), and no gradient but of log_pf, token_entropy and log_z.
 
     Raises:
         ObjectiveError: no trajectory, a trajectory without response tokens, a positive penalty.
@@ -72,7 +74,8 @@ def checked(inputs: LossInputs) -> LossInputs:
             f"trajectories {rows[:8]} have an empty mask: every response holds at least its "
             "end-of-sequence token; drop them before the update"
         )
-    per_token = {n: getattr(inputs, n) for n in ("log_pf", "log_p_base", "log_p_old")}
+    names = ("log_pf", "log_p_base", "log_p_old", "token_entropy")
+    per_token = {n: x for n in names if (x := getattr(inputs, n)) is not None}
     for name, value in per_token.items():
         bad = ~torch.isfinite(value) & inputs.mask
         if bool(bad.any()):
@@ -81,9 +84,9 @@ def checked(inputs: LossInputs) -> LossInputs:
                 f"{name} is {value[row, column].item()} at trajectory {row}, token {column} "
                 f"({int(bad.sum())} such tokens)"
             )
-    for name in ("log_z", "format_penalty"):
+    for name in ("log_z", "format_penalty", "reward"):
         value = getattr(inputs, name)
-        if not bool(torch.isfinite(value).all()):
+        if value is not None and not bool(torch.isfinite(value).all()):
             raise NonFiniteInputError(f"{name} holds a NaN or an infinity: {value.tolist()[:8]}")
     if bool((inputs.format_penalty > 0).any()):
         worst = inputs.format_penalty.max().item()
@@ -99,7 +102,20 @@ def checked(inputs: LossInputs) -> LossInputs:
         log_z=_wide(inputs.log_z),
         format_penalty=_wide(inputs.format_penalty).detach(),
         prompt_index=inputs.prompt_index,
+        reward=None if inputs.reward is None else _wide(inputs.reward).detach(),
+        token_entropy=clean.get("token_entropy"),
     )
+
+
+def reward_of(inputs: LossInputs) -> Tensor:
+    """The rewards, (N,).
+
+    Raises:
+        ObjectiveError: the rollouts came without.
+    """
+    if inputs.reward is None:
+        raise ObjectiveError("the objective takes rewards and there are none: set strategy.reward")
+    return inputs.reward
 
 
 def check_alpha(alpha: float, above: float = 0.0, why: str = "the power of p_base") -> None:

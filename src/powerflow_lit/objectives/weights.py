@@ -82,6 +82,53 @@ class ImportanceWeight:
         return log_ratio.clamp(low, high).exp(), outside.to(log_ratio.dtype)
 
 
+@dataclass(frozen=True)
+class PpoClip:
+    """PPO's clipped surrogate of a policy gradient: min(rho A, clip(rho, 1-low, 1+high) A).
+
+    Attributes:
+        ratio: `token`, rho_t = pi_theta(y_t) / pi_old(y_t) (GRPO); `sequence`, the geometric mean
+            of a response's token ratios for all of its tokens (GSPO).
+        epsilon_low, epsilon_high: clip range.
+    """
+
+    ratio: Literal["token", "sequence"]
+    epsilon_low: float
+    epsilon_high: float
+
+    def __post_init__(self) -> None:
+        if self.ratio not in ("token", "sequence"):
+            raise ObjectiveError(f"ratio '{self.ratio}': choose token or sequence")
+        if self.epsilon_low is None or self.epsilon_high is None:  # as an importance weight may
+            raise ObjectiveError("PPO's clip has two sides: give epsilon_low and epsilon_high")
+        self._logged()
+
+    @property
+    def is_used(self) -> bool:
+        """Behaviour log-probs always matter."""
+        return True
+
+    def __call__(self, inputs: LossInputs, advantage: Tensor) -> tuple[Tensor, Weights]:
+        """The gain of each token, (N, T) with gradient, and the ratios to log.
+
+        Args:
+            inputs: checked ones.
+            advantage: (N,), data.
+        """
+        log_ratio = inputs.log_pf - inputs.log_p_old  # 0 in the padding
+        if self.ratio == "sequence":
+            mean = masked_sum(log_ratio, inputs.mask) / lengths(inputs.mask)
+            log_ratio = mean[:, None].expand_as(log_ratio)
+        ratio, weight = log_ratio.exp(), advantage[:, None]
+        clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        return torch.minimum(ratio * weight, clipped * weight), self._logged()(inputs)
+
+    def _logged(self) -> ImportanceWeight:
+        """The same ratios, clipped, as the metrics know them."""
+        kind: WeightKind = "token" if self.ratio == "token" else "seq_geo"
+        return ImportanceWeight(kind, self.epsilon_low, self.epsilon_high)
+
+
 def weight_metrics(weights: Weights) -> dict[str, Tensor]:
     """Applied weights, raw log-ratio quantiles (nats), clip fraction, effective sample size.
 

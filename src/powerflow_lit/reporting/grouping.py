@@ -12,7 +12,8 @@ from powerflow_lit.config.identity import NOT_JOB_IDENTITY_BELOW
 from powerflow_lit.reporting.files import flat, number
 from powerflow_lit.reporting.runs import Run
 
-# Okabe-Ito colours, one for each strategy wherever it appears
+# one colour for each strategy wherever it appears: Okabe and Ito's for the paper's own, Tol's muted
+# ones for its rivals
 COLOURS = {
     "powerflow": "#0072B2",
     "la_tb": "#56B4E9",
@@ -21,6 +22,15 @@ COLOURS = {
     "tb_token_per_token": "#F0E442",
     "rl_traj": "#CC79A7",
     "rl_token": "#009E73",
+    "format_only": "#661100",
+    "grpo": "#332288",
+    "dr_grpo": "#6699CC",
+    "intuitor": "#882255",
+    "empo": "#44AA99",
+    "ttrl": "#AA4499",
+    "one_shot_em": "#999933",
+    "flowrl": "#117733",
+    "flowrl_unclipped": "#DDCC77",
 }
 ALWAYS = ("strategy.name", "alpha")
 # these change neither what is learned nor what is measured

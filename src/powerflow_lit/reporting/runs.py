@@ -259,6 +259,8 @@ def read_run(folder: Path, name: str) -> tuple[Run | None, list[str]]:
     for key, short in SHARED.items():
         if key not in config and short in summary:
             config[key] = summary[short]
+    if config.get("strategy.uses_alpha") is False:  # then it tells no runs apart
+        config.pop("alpha", None)
     status = str(summary.get("status") or ("unknown" if summary else "unfinished"))
     times = [(folder / f).stat().st_mtime for f in (*MARKS, "samples.jsonl")
              if (folder / f).exists()]  # fmt: skip

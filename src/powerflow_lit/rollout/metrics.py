@@ -31,7 +31,25 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
     if correct:
         metrics["accuracy"] = _mean(correct)
+    metrics |= reward_metrics(trajectories)
     return {f"rollout/{name}": value for name, value in metrics.items()}
+
+
+def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean and spread of the rewards, and the share of prompts whose rollouts all got the same,
+    which teaches nothing; nothing where there are no rewards."""
+    groups: dict[int, list[float]] = {}
+    for trajectory in trajectories:
+        if trajectory.reward is not None:
+            groups.setdefault(trajectory.group, []).append(trajectory.reward)
+    if not groups:
+        return {}
+    rewards = torch.tensor([r for group in groups.values() for r in group], dtype=torch.float64)
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std(unbiased=False)),
+        "reward_flat_frac": _mean([max(g) == min(g) for g in groups.values()]),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -75,6 +75,18 @@ class Task(ABC):
         """What counts as the response's answer; None where there is none or the task has none."""
         return None
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether responses have answers that can be compared with each other."""
+        return type(self).answer is not Task.answer
+
+    def answer_classes(self, prompt: Prompt, responses: Sequence[str]) -> list[int]:
+        """Equal for responses to a prompt whose answers mean the same, -1 where there is none.
+
+        The reference is not looked at: unsupervised rewards are made of this.
+        """
+        return class_numbers(at_k.cluster([self.answer(r) for r in responses], str.__eq__))
+
     def score(self, sample: Sampled) -> dict[str, float]:
         """Figures of one prompt's samples, without the prefix `val/`."""
         return self.text_metrics(sample)
@@ -103,6 +115,14 @@ class Task(ABC):
         if len(texts) < 2:  # one response is neither alike nor unlike
             figures |= dict.fromkeys(COMPARING & figures.keys(), math.nan)
         return figures
+
+
+def class_numbers(names: Sequence[str | None]) -> list[int]:
+    """Classes by their names as numbers in the order of appearance, -1 for None."""
+    numbers: dict[str | None, int] = {None: -1}
+    for name in names:
+        numbers.setdefault(name, len(numbers) - 1)
+    return [numbers[name] for name in names]
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from powerflow_lit.metrics.at_k import cluster
 from powerflow_lit.tasks import answers as equality
 from powerflow_lit.tasks.answers import last_boxed as last_boxed
 from powerflow_lit.tasks.answers import parsable
-from powerflow_lit.tasks.base import Sampled, Task, correctness_metrics
+from powerflow_lit.tasks.base import Sampled, Task, class_numbers, correctness_metrics
 from powerflow_lit.types import Prompt
 
 
@@ -37,6 +37,11 @@ class BoxedAnswers(Task):
     def meaning(self, prompt: Prompt, answer: str) -> str:
         """What an extracted answer says for this prompt, where that is not the answer itself."""
         return answer
+
+    def answer_classes(self, prompt: Prompt, responses: Sequence[str]) -> list[int]:
+        boxes = [self.answer(response) for response in responses]
+        answers = [None if box is None else self.meaning(prompt, box) for box in boxes]
+        return class_numbers(cluster(answers, self.same_answer))
 
     def is_correct(self, prompt: Prompt, response: str) -> bool | None:
         box = self.answer(response)
