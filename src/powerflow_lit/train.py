@@ -47,8 +47,7 @@ def announce(config: TrainConfig, run_dir: Path) -> None:
     print(
         f"{config.task.name} on {config.model.name}: strategy={strategy.name}{supervised} "
         f"alpha={config.alpha:g}{unused} epsilon={config.epsilon:g} seed={config.seed}"
-        f"{f', on {ranks} ranks' if ranks > 1 else ''}
-"
+        f"{f', on {ranks} ranks' if ranks > 1 else ''}\n"
         f"{config.refills} refills of {rollout.prompts_per_refill} prompts x "
         f"{rollout.samples_per_prompt} rollouts, {config.buffer.updates_per_refill} updates each, "
         f"into {run_dir}"
