@@ -31,6 +31,7 @@ from powerflow_lit.rollout.engine import EngineError, EngineSpec
 from powerflow_lit.rollout.vllm_server import VllmServerEngine, of_this_rank
 from powerflow_lit.rollout.vllm_server_client import Server
 from powerflow_lit.rollout.vllm_server_facts import refuse_another_model, unsent_names
+from powerflow_lit.rollout.vllm_server_guard import LEFTOVERS
 from powerflow_lit.rollout.vllm_server_process import GUARD, OwnServer, serve_arguments
 from powerflow_lit.rollout.vllm_server_weights import DiskTransfer, own_address
 
@@ -118,11 +119,14 @@ def test_a_server_does_not_outlive_the_process_that_started_it(
         "open(sys.argv[1], 'w').write(f'{os.getpid()} {worker.pid}')\n"
         "worker.wait()\n"
     )
-    pids = tmp_path / "pids"
+    pids, folder, weights = (tmp_path / name for name in ("pids", "folder", "weights"))
+    folder.mkdir()
+    weights.mkdir()
+    (folder / LEFTOVERS).write_text(f"{weights}\n")
     trainer = (
         "import os, subprocess, sys, threading, time\n"
-        f"command = [sys.executable, {str(GUARD)!r}, str(os.getpid()), sys.executable, "
-        f"{str(server)!r}, {str(pids)!r}]\n"
+        f"command = [sys.executable, {str(GUARD)!r}, str(os.getpid()), "
+        f"{str(folder)!r}, sys.executable, {str(server)!r}, {str(pids)!r}]\n"
         "start = lambda: subprocess.Popen(command, start_new_session=True)\n"
         "thread = threading.Thread(target=start)\n"
         "thread.start(); thread.join()\n"
@@ -138,6 +142,7 @@ def test_a_server_does_not_outlive_the_process_that_started_it(
         process.send_signal(number)
         process.wait()
         assert until(lambda: not is_alive(server_pid) and not is_alive(worker_pid))
+        assert until(lambda: not folder.exists() and not weights.exists())
     finally:
         process.kill()
 
@@ -237,7 +242,7 @@ def test_the_file_of_weights_holds_all_of_them_and_no_older_one(tmp_path: Path) 
         num_key_value_heads=2, intermediate_size=16, tie_word_embeddings=True,
     )  # fmt: skip
     weights = LlamaForCausalLM(config).state_dict()
-    transfer = DiskTransfer(str(tmp_path / "new"))
+    transfer = DiskTransfer(str(tmp_path / "new"), size=1)
     for version in range(2):
         weights["model.norm.weight"] += 1
         transfer.take(weights, f"run:{version}")
@@ -246,11 +251,18 @@ def test_the_file_of_weights_holds_all_of_them_and_no_older_one(tmp_path: Path) 
         assert found.keys() == weights.keys(), "tied ones under both names"
         for name, tensor in weights.items():
             assert torch.equal(found[name], tensor)
+    left = subprocess.Popen(["true"])
+    left.wait()
+    prefix = f"powerflow-weights-{socket.gethostname()}"
+    for pid in (left.pid, os.getpid()):
+        (tmp_path / "new" / f"{prefix}-{pid}-x").mkdir()
+    DiskTransfer(str(tmp_path / "new"), size=1).close()
     transfer.close()
-    assert list((tmp_path / "new").iterdir()) == []
+    kept = [path.name for path in (tmp_path / "new").iterdir()]
+    assert kept == [f"{prefix}-{os.getpid()}-x"], "of a run that was killed nothing stays"
     (tmp_path / "file").touch()
     with pytest.raises(EngineError, match=r"weights_dir=.*file.*: cannot be written to"):
-        DiskTransfer(str(tmp_path / "file" / "below"))
+        DiskTransfer(str(tmp_path / "file" / "below"), size=1)
 
 
 def test_ranks_share_servers_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,8 @@ def check_engine(engine: Mapping[str, Any]) -> None:
     """
     require(
         not runs_vllm(engine) or find_spec("vllm") is not None,
-        f"rollout={_group(engine)}: vLLM is not installed here: run make install (or pip "
-        "install .[vllm] on a "
-        "CUDA machine), or take rollout=hf",
+        f"rollout={_group(engine)}: vLLM is not installed here: run make install (or pip install "
+        ".[vllm] on a CUDA machine), or take rollout=hf",
     )
 
 

