@@ -6,6 +6,7 @@ import math
 import shlex
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -110,6 +111,7 @@ class VllmServerEngine:
         self._command = "VLLM_SERVER_DEV_MODE=1 vllm serve " + shlex.join(arguments)
         self._servers: list[Server] = []
         self._pool: Pool | None = None
+        self._is_lost = False  # the weights of the last sync
         try:
             for number in range(count):
                 seen = devices[number * share : (number + 1) * share]
@@ -146,7 +148,7 @@ class VllmServerEngine:
             pool.give_weights()
         finally:
             self._transfer.release()
-        self.policy_version = policy_version
+        self.policy_version, self._is_lost = policy_version, False
 
     def generate(
         self,
@@ -220,19 +222,19 @@ class VllmServerEngine:
     ) -> list[dict[str, Any]]:
         """Raises NonFiniteRolloutError where some logits were not finite."""
         pool = self._open_pool()
+        if self._is_lost:
+            raise LostWeightsError("the servers have lost the policy's weights")
         if self.policy_version < 0:
             raise EngineError("generate before the first sync: the servers' weights are random")
         try:
             answers = pool.ask(bodies, on_progress, at_once=min(at_once, CONNECTIONS))
         except LostWeightsError:
-            self.policy_version = -1
+            self.policy_version, self._is_lost = -1, True
             raise
-        finite = [
-            all(worker)
-            for server in pool.at_work
-            if server.is_up()
-            for worker in server.rpc("policy_logits_finite")
-        ]
+        finite: list[bool] = []
+        for server in pool.at_work:
+            with suppress(ServerDownError):  # the next call notices
+                finite += [all(worker) for worker in server.rpc("policy_logits_finite")]
         if not all(finite):
             raise NonFiniteRolloutError("some of the next tokens' logits are NaN or infinite")
         return answers
@@ -244,6 +246,8 @@ class VllmServerEngine:
 
     def _find(self, server: Server, seconds: float) -> None:
         """Wait for a server's first answer and look at what it is."""
+        if server.process is None and not server.is_up():
+            print(f"{server.name} is waited for, up to {seconds:.0f} s", flush=True)
         try:
             server.wait(seconds, lambda: False)
             self._look_at(server)

@@ -15,7 +15,9 @@ from powerflow_lit.rollout.vllm_server_process import OwnServer
 GENERATE = "/inference/v1/generate"
 KEY = "VLLM_API_KEY"  # the variable that a server reads its key from too
 POLL_S = 0.2
-PROBE_S = 5.0  # to connect, and to say that it is well
+PROBE_S = 5.0  # to say that it is well
+CONNECT_S = 30.0
+KEPT_S = 2.0  # an idle connection; vLLM ends it after 5
 CONNECTIONS = 512  # at once, at most
 NOT_FINITE = -9999.0  # what vLLM writes for a log-prob of NaN or minus infinity
 LONGEST_MESSAGE = 300  # characters of a server's own words
@@ -42,11 +44,17 @@ class Server:
         self.label: str | None = None  # of the weights that it was given last
         self.is_given_up = False
         self._request_s = request_s
-        self._calls = httpx.Client(transport=self._socket(httpx.HTTPTransport), **self._settings())
+        limits = httpx.Limits(keepalive_expiry=KEPT_S)
+        transport = self._socket(httpx.HTTPTransport, limits=limits)
+        self._calls = httpx.Client(transport=transport, limits=limits, **self._settings())
 
     def session(self) -> httpx.AsyncClient:
         """Connections for many requests at once, of the event loop that it is used in."""
-        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+        limits = httpx.Limits(
+            max_connections=CONNECTIONS,
+            max_keepalive_connections=CONNECTIONS,
+            keepalive_expiry=KEPT_S,
+        )
         transport = self._socket(httpx.AsyncHTTPTransport, limits=limits)
         return httpx.AsyncClient(transport=transport, limits=limits, **self._settings())
 
@@ -117,6 +125,8 @@ class Server:
         """
         try:
             answer = self._read(await session.post(GENERATE, json=body), GENERATE)
+        except httpx.ConnectTimeout as error:
+            raise ServerDownError("it cannot be reached") from error
         except httpx.TimeoutException as error:
             raise self._too_slow() from error
         except httpx.TransportError as error:
@@ -142,7 +152,7 @@ class Server:
         key = os.environ.get(KEY)
         return {
             "base_url": self.address,
-            "timeout": httpx.Timeout(self._request_s, connect=PROBE_S, pool=None),
+            "timeout": httpx.Timeout(self._request_s, connect=CONNECT_S, pool=None),
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "trust_env": False,  # a proxy is for the world outside
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +127,9 @@ class Pool:
     async def _ask(
         self, job: _Job, on_progress: Callable[[int, int], None] | None, at_once: int
     ) -> None:
-        runs = [asyncio.create_task(self._run(s, job, at_once)) for s in self.at_work]
+        servers = self.at_work
+        share = math.ceil(len(job.bodies) / max(len(servers), 1))  # none takes all at the start
+        runs = [asyncio.create_task(self._run(s, job, at_once, share)) for s in servers]
         try:
             going, gone = set(runs), ServerGoneError("no server has the policy's weights")
             while not job.is_done:
@@ -149,7 +152,7 @@ class Pool:
                 run.cancel()
             await asyncio.gather(*runs, return_exceptions=True)
 
-    async def _run(self, server: Server, job: _Job, at_once: int) -> None:
+    async def _run(self, server: Server, job: _Job, at_once: int, share: int) -> None:
         """Let one server answer what waits, until the job is done.
 
         Raises:
@@ -157,7 +160,7 @@ class Pool:
         """
         async with server.session() as session:
             while not job.is_done:
-                slots = min(at_once, len(job.waiting))
+                slots = min(at_once, share, len(job.waiting))
                 if slots == 0:  # what another has may come back, should it die
                     await asyncio.sleep(POLL_S)
                     continue

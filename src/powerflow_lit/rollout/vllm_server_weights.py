@@ -80,7 +80,7 @@ class DiskTransfer:
 
     def __init__(self, folder: str | None, *, size: int) -> None:
         self._shared = folder is not None
-        parent = Path(folder) if folder is not None else roomy_folder(2 * size)
+        parent = Path(folder).absolute() if folder is not None else roomy_folder(2 * size)
         prefix = f"powerflow-weights-{socket.gethostname()}-"
         try:
             parent.mkdir(parents=True, exist_ok=True)
