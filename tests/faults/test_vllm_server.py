@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from powerflow_lit.models.lora import policy_weights
+from powerflow_lit.rollout.vllm_server import VllmServerEngine
+from powerflow_lit.types import Sampling
 from tests import commands
 from tests.faults.faulty_train import servers_of
 from tests.faults.runs import (
@@ -113,6 +116,42 @@ def test_a_server_that_does_not_come_back_ends_the_run_with_a_line(
     assert summary_of(tmp_path / "run")["status"] == "failed"
     serving.wait()
     finish(tmp_path, "resume=run")  # to the end, from the checkpoint
+
+
+def test_of_two_servers_one_takes_over_what_the_other_had(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spec = tiny()
+    engine = VllmServerEngine(
+        spec, addresses=[], servers=2, devices=[], dtype="float32", max_num_seqs=16,
+        kv_cache_gb=1, gpu_memory_utilization=0.2, enforce_eager=True, extra={},
+        weight_transfer="auto", weights_dir=None, start_s=500, request_s=120,
+        wait_for_server_s=60,
+    )  # fmt: skip
+    prompts = [[10 + i % 50, 11, 12] for i in range(96)]
+    sampling = Sampling(8, 24, seed=3)
+    killed: list[int] = []
+
+    def kill_one(done: int, tokens: int) -> None:
+        if done > 100 and not killed:
+            killed.append(servers_of(os.getpid())[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    try:
+        engine.sync(policy_weights(spec.policy), 1)
+        expected = engine.generate(prompts, sampling)
+        assert engine.generate(prompts, sampling, kill_one) == expected
+        assert killed
+        assert "was ended by SIGKILL" in capsys.readouterr().out
+        engine.sync(policy_weights(spec.policy), 2)  # waits for the one that is starting
+        assert len(servers_of(os.getpid())) == 2
+        assert engine.generate(prompts, sampling) == expected
+        rows = [(p, group[0].token_ids) for p, group in zip(prompts, expected, strict=True)]
+        for scored, group in zip(engine.score(rows), expected, strict=True):
+            assert scored == pytest.approx(group[0].log_probs, abs=1e-4)
+    finally:
+        engine.close()
+    assert servers_of(os.getpid()) == []
 
 
 def test_a_server_of_ours_that_refuses_its_arguments_ends_the_run_with_its_words(
