@@ -260,7 +260,7 @@ def _import_vllm() -> tuple[str, str]:
 
 def _engine(vllm: bool, torch: Finding) -> Finding:
     if vllm:
-        return Finding("engine", OK, f"vllm: installed and of a tried version ({VLLM_TRIED})")
+        return Finding("engine", OK, f"vllm, vllm_server: of a tried version ({VLLM_TRIED})")
     if torch.state == OK:
         return Finding("engine", WARNING, "hf, slower: vllm is not usable; type rollout=hf")
     return Finding("engine", MISSING, "none: neither vllm nor torch is usable")

@@ -93,7 +93,7 @@ def workload(config: TrainConfig, on: Device) -> Workload:
 
 def _engine(config: TrainConfig, policy_dtype: str, on: Device) -> EngineMemory:
     engine = config.rollout.engine
-    is_vllm = str(engine.get("_target_", "")).endswith("VllmEngine")
+    is_vllm = str(engine.get("_target_", "")).endswith(("VllmEngine", "VllmServerEngine"))
     return EngineMemory(
         name="vllm" if is_vllm else "hf",
         dtype=str(engine["dtype"]) if is_vllm else policy_dtype,

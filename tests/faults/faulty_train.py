@@ -4,7 +4,8 @@ python faulty_train.py MOMENT ACTION [overrides]
 
 MOMENT is a chain of calls, `module:Class.method#3>module:function#2`: the second call of the
 function after the third call of the method has begun. ACTION is a signal, or `SIGINT*2` for two of
-them a second apart. Everything else is the real program.
+them a second apart, or `servers` to kill the servers that it has started. Everything else is the
+real program.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 
@@ -58,6 +62,11 @@ def sender(action: str) -> Callable[[], None]:
     name, _, times = action.partition("*")
 
     def send() -> None:
+        if name == "servers":
+            print(f"FAULT {name} {servers_of(os.getpid())}", flush=True)
+            for server in servers_of(os.getpid()):
+                os.kill(server, signal.SIGKILL)
+            return
         for i in range(int(times or 1)):
             if i:
                 time.sleep(1)
@@ -65,6 +74,22 @@ def sender(action: str) -> Callable[[], None]:
             os.kill(os.getpid(), signal.Signals[name])
 
     return send
+
+
+def servers_of(pid: int) -> list[int]:
+    """Processes of the servers that a run has started: `vllm serve` below its guards."""
+    return [child for guard in _children(pid) if _is_guard(guard) for child in _children(guard)]
+
+
+def _children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in found.split()]
+
+
+def _is_guard(pid: int) -> bool:
+    with suppress(OSError):
+        return b"vllm_server_guard" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 if __name__ == "__main__":

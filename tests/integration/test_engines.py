@@ -36,6 +36,16 @@ def vllm_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
     )  # fmt: skip
 
 
+def vllm_server(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
+    from powerflow_lit.rollout.vllm_server import VllmServerEngine
+
+    return VllmServerEngine(
+        spec(policy, path), addresses=[], servers=1, devices=[], dtype="float32", max_num_seqs=64,
+        kv_cache_gb=1, gpu_memory_utilization=0.3, enforce_eager=True, extra={},
+        weight_transfer="disk", weights_dir=None, start_s=300, request_s=60, wait_for_server_s=1,
+    )  # fmt: skip
+
+
 def hf_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
     return HfEngine(
         spec(policy, path), sequences_per_batch=64, tokens_per_microbatch=4096, logit_chunk_mb=1.0
@@ -64,9 +74,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["vllm", "hf"])
+@pytest.fixture(params=["vllm", "hf", "vllm_server"])
 def engine(request: pytest.FixtureRequest, policy: PreTrainedModel) -> Iterator[RolloutEngine]:
-    make = {"vllm": vllm_engine, "hf": hf_engine}[request.param]
+    make = {"vllm": vllm_engine, "hf": hf_engine, "vllm_server": vllm_server}[request.param]
     built = make(policy, folder_of("tiny"))
     yield built
     built.close()
@@ -166,7 +176,7 @@ def test_the_contract_of_an_engine(
     assert completion.log_probs == pytest.approx(expected, abs=1e-4)
 
     # logits that are no numbers are found also where nobody asks for log-probs
-    for module in ("hf_engine", "vllm_engine"):
+    for module in ("hf_engine", "vllm_engine", "vllm_server"):
         monkeypatch.setattr(f"powerflow_lit.rollout.{module}.check_weights", lambda *_: None)
     engine.sync({**weights, name: torch.full_like(weights[name], math.nan)}, 7)
     with pytest.raises(NonFiniteRolloutError, match="NaN or inf"):

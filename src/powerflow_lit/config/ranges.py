@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from powerflow_lit.config.engines import check_engine_values
 from powerflow_lit.config.rules import ConfigError, at_least, one_of, positive, require
 from powerflow_lit.config.schema import (
     DecodingConfig,
@@ -115,6 +116,7 @@ def check_evaluate_ranges(config: EvaluateConfig) -> None:
         },
     )
     _check_chunk(config.logit_chunk_mb)
+    check_engine_values(config.rollout.engine)
     level = config.bootstrap.level
     require(0 < level < 1, f"bootstrap.level={level}: must lie in (0, 1), e.g. 0.95")
     _check_decodings("decodings", config.decodings)
@@ -188,6 +190,7 @@ def _check_rollouts(config: TrainConfig) -> None:
     )
     at_least(0, {"buffer.max_staleness": buffer.max_staleness})
     positive({"rollout.logp_gap_limit": rollout.logp_gap_limit})
+    check_engine_values(rollout.engine)
     _check_chunk(config.logit_chunk_mb)
     one_of("buffer.log_p_old", buffer.log_p_old, ("auto", "engine", "trainer", "none"))
 

@@ -22,6 +22,8 @@ GAP_PROMPTS, GAP_TOKENS = 4, 256  # on which engine and trainer are compared
 ENGINE_MEANS = (
     "_partial_", "max_num_seqs", "kv_cache_gb", "gpu_memory_utilization", "enforce_eager",
     "sequences_per_batch", "tokens_per_microbatch", "logit_chunk_mb",
+    "addresses", "servers", "devices", "weight_transfer", "weights_dir", "start_s", "request_s",
+    "wait_for_server_s",
 )  # fmt: skip
 # of a judge or an embedder: how its server is reached, not what it answers
 SERVER_MEANS = (

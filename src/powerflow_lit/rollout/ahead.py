@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from powerflow_lit.rollout.engine import NonFiniteRolloutError
+from powerflow_lit.rollout.engine import LostWeightsError, NonFiniteRolloutError
 from powerflow_lit.rollout.metrics import log_prob_gap
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
 from powerflow_lit.types import Completion, Sampling
@@ -152,15 +152,16 @@ class Ahead:
         """Wait until nothing is sampled any more.
 
         Raises:
-            Exception: what went wrong in the thread, unless its log-probs were not numbers; then
-                the refill is sampled again in its turn, by a new engine if need be.
+            Exception: what went wrong in the thread, unless its log-probs were not numbers or the
+                engine has lost its weights; then the refill is sampled again in its turn, by a new
+                engine if need be.
         """
         if self._thread is None:
             return
         while not self._thread.wait(POLL_S):
             self._report(*self._thread.progress)
         ended, self._thread = self._thread, None
-        if isinstance(ended.error, NonFiniteRolloutError):
+        if isinstance(ended.error, NonFiniteRolloutError | LostWeightsError):
             self._warn(f"refill {ended.found.refill + 1} is sampled anew: {ended.error}")
         elif ended.error is not None:
             raise ended.error

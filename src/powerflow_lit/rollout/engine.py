@@ -22,6 +22,10 @@ class EngineError(MendableError, RuntimeError):
     """The engine cannot do what was asked; the message says what to change."""
 
 
+class LostWeightsError(EngineError):
+    """The engine has lost the weights that it was given; a sync brings them back."""
+
+
 class NonFiniteWeightsError(EngineError, DivergedError):
     """The policy's weights are not numbers any more: the run has diverged."""
 
@@ -41,6 +45,16 @@ class EngineSpec:
     max_model_len: int  # prompt and response, tokens
     seed: int
     trust_remote_code: bool
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was built for; None where its config does not say."""
+        return getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def room(self) -> int:
+        """Tokens a request may take: scoring the longest row samples one more, if the model can."""
+        return self.max_model_len + (self.max_model_len != self.context)
 
 
 class RolloutEngine(Protocol):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from powerflow_lit.rollout.engine import (
     EngineError,
+    LostWeightsError,
     NonFiniteRolloutError,
     OnFinished,
     RolloutEngine,
@@ -141,7 +142,7 @@ class RebuildingEngine:
         self, ask: Callable[[], Answer], log_probs: Callable[[Answer], list[Sequence[float]]]
     ) -> Answer:
         try:
-            return _checked(ask(), log_probs)
+            return _checked(self._with_weights(ask), log_probs)
         except NonFiniteRolloutError as error:
             wrong = str(error)  # not the error itself, whose frames hold the engine's memory
         if not self._may_rebuild:
@@ -163,6 +164,16 @@ class RebuildingEngine:
                 f"and this from an engine {self.name} built anew too: activations overflow. "
                 "Try a lower optimizer.lr, or model.dtype=float32 and model.engine_dtype=float32"
             ) from error
+
+    def _with_weights(self, ask: Callable[[], Answer]) -> Answer:
+        """The answer; an engine that has lost its weights is given them again first."""
+        try:
+            return ask()
+        except LostWeightsError as error:
+            lost = str(error)
+        self._on_rebuild(f"the engine {self.name} is given its weights again: {lost}")
+        self.sync(*self._policy())
+        return ask()
 
     def _refuse_torn(self, groups: Sequence[Sequence[Completion]], sampling: Sampling) -> None:
         for number, group in enumerate(groups):

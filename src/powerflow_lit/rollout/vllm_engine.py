@@ -100,7 +100,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "hf_overrides": {"tie_word_embeddings": False},
-            "max_model_len": _room(spec),
+            "max_model_len": spec.room,
             "seed": spec.seed,
             "dtype": dtype,
             "max_num_seqs": max_num_seqs,
@@ -146,7 +146,7 @@ class VllmEngine:
             self.close()
             raise
         self._policy, self._eos_ids = spec.policy, spec.eos_ids
-        self._room = _room(spec)
+        self._room = spec.room
         self._requests = 0
         self._logits = FiniteLogits()
         self._apply(self._watch_logits)
@@ -328,7 +328,7 @@ class VllmEngine:
 
 def _why(error: Exception, spec: EngineSpec) -> str:
     """What vLLM says, in a line, or what it means where the sequences are too long."""
-    context = _context(spec)
+    context = spec.context
     if context is not None and spec.max_model_len > context and "max_model_len" in str(error):
         return (
             f"prompt and response may take {spec.max_model_len} tokens together, the model's "
@@ -337,15 +337,6 @@ def _why(error: Exception, spec: EngineSpec) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
     said = [line for line in lines if line and "validation error for" not in line]
     return said[0] if said else type(error).__name__
-
-
-def _context(spec: EngineSpec) -> int | None:
-    return getattr(spec.policy.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _room(spec: EngineSpec) -> int:
-    """Tokens a request may take: scoring the longest row samples one more, if the model has it."""
-    return spec.max_model_len + (spec.max_model_len != _context(spec))
 
 
 def _completion(output: Any) -> Completion:
