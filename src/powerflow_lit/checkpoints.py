@@ -16,6 +16,7 @@ from powerflow_lit.callbacks import due
 from powerflow_lit.disk import dropped, named
 from powerflow_lit.interrupt import Stopped
 from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.shard_files import remove_unused
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 ROWS = ("metrics.csv", "problems.csv", "samples.jsonl")
@@ -114,6 +115,7 @@ class Checkpoint(Callback):
             os.fsync(folder)  # the new name is in the folder, not in the file
         finally:
             os.close(folder)
+        remove_unused(self.path.parent)
 
 
 def _between_updates(fit_loop: dict[str, Any], updates: int) -> None:

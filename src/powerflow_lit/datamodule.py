@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.clock import PhaseClock
-from powerflow_lit.models.lora import policy_weights
+from powerflow_lit.models.lora import policy_weights, policy_weights_alone
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
@@ -102,7 +102,10 @@ class RolloutDataModule(L.LightningDataModule):
             with self.clock("start"):  # of the engine; one that is built anew counts as rollout
                 self._engine = RebuildingEngine(
                     lambda: self._engine_factory(self._module),
-                    policy=lambda: (policy_weights(self._module.policy), self._module.global_step),
+                    policy=lambda: (
+                        policy_weights_alone(self._module.policy),
+                        self._module.global_step,
+                    ),
                     on_rebuild=self._note_rebuild,
                 )
         return self._engine

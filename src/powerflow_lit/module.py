@@ -21,6 +21,14 @@ from powerflow_lit.models.errors import ModelError
 from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
+from powerflow_lit.models.sharding import (
+    Deferred,
+    all_finite,
+    average_gradients,
+    is_sharded,
+    shard,
+    whole,
+)
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
 from powerflow_lit.optimization import adamw
 from powerflow_lit.types import TrajectoryBatch
@@ -103,6 +111,7 @@ class PowerFlowModule(L.LightningModule):
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.skipped_steps = self.skipped_in_a_row = 0
         self._skips_this_step = False
+        self._deferred: tuple[Deferred, ...] = ()  # passes left to do after the loss's backward
         self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
 
     @property
@@ -128,7 +137,7 @@ class PowerFlowModule(L.LightningModule):
         """Whether a checkpoint of this state is worth keeping: the last update was not skipped,
         and everything that is trained is finite."""
         trained = (p for p in self.parameters() if p.requires_grad)
-        return self.skipped_in_a_row == 0 and all(bool(p.isfinite().all()) for p in trained)
+        return self.skipped_in_a_row == 0 and all_finite(trained)
 
     # --- the method -----------------------------------------------------------------------------
 
@@ -136,6 +145,7 @@ class PowerFlowModule(L.LightningModule):
         self.step_metrics = {}
         self._skips_this_step = False
         scores = self.policy_scores(batch)  # log pi_theta, with gradient
+        self._deferred = scores.deferred
         inputs = self.loss_inputs(batch, scores.log_prob)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
         try:
@@ -240,6 +250,21 @@ class PowerFlowModule(L.LightningModule):
 
     # --- optimisation ---------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Spread policy and base over the ranks where the strategy has a mesh (`trainer=fsdp`)."""
+        if self.device_mesh is None or is_sharded(self.policy):
+            return
+        shard(self.policy, self.device_mesh["data_parallel"])
+        self.frozen.shard(self.device_mesh["data_parallel"])
+
+    def backward(self, loss: Tensor, *arguments: Any, **settings: Any) -> None:
+        super().backward(loss, *arguments, **settings)
+        for part in self._deferred:
+            part.backward(self.trainer.precision_plugin.forward_context)
+        self._deferred = ()
+        if self.device_mesh is not None:  # the head is whole on every rank
+            average_gradients(self.log_z, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> Any:
         policy = [p for p in self.policy.parameters() if p.requires_grad]
         head = list(self.log_z.parameters())
@@ -271,7 +296,7 @@ class PowerFlowModule(L.LightningModule):
         """Clip policy and head apart; a non-finite gradient skips the step."""
         if self._skips_this_step:  # there was no loss, and so there are no gradients
             return
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip))
         head_norm = nn.utils.clip_grad_norm_(self.log_z.parameters(), self.log_z_grad_clip)
         self.step_metrics["grad_norm"] = norm
         self.step_metrics["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
@@ -323,6 +348,8 @@ class PowerFlowModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "shards" in checkpoint and self.device_mesh is None:
+            raise ModelError("the checkpoint is spread over ranks: resume it with trainer=fsdp")
         # an adapter's checkpoint is loaded without Lightning's own check of the names
         weights = checkpoint.get("state_dict")
         if weights is not None and (differ := weights.keys() ^ self._checkpoint_names()):

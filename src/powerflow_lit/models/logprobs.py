@@ -20,6 +20,7 @@ from powerflow_lit.models.linear_log_prob import (
     linear_log_prob,
     row_chunks,
 )
+from powerflow_lit.models.sharding import Deferred, in_one_pass, is_sharded
 from powerflow_lit.models.z_head import Pool
 from powerflow_lit.types import AllowedTokens, TokenBatch
 
@@ -30,6 +31,7 @@ class Scores:
 
     log_prob: Tensor  # (N, T) float32, nats; 0 in the padding
     prompt_state: Tensor | None  # (N, h) pooled hidden states of the prompt, if asked for
+    deferred: tuple[Deferred, ...] = ()  # what is left to do after the loss's backward pass
 
 
 @dataclass(frozen=True)
@@ -91,25 +93,35 @@ def response_scores(
 
     With more than one microbatch under gradient, all but the last are computed again in the
     backward pass, so that any loss over all N trajectories (group closed forms included) has the
-    gradient of the whole batch at the memory of one microbatch.
+    gradient of the whole batch at the memory of one microbatch. Of a model that is spread over
+    ranks they are computed again after it, see `Deferred`.
     """
     passes = forward_passes(model, batch, tokens_per_microbatch)
     width = int(batch.response_lengths.max())
-    score = partial(
+    of_pass = partial(
         _scores, model, pool=pool, temperature=temperature, logit_chunk_mb=logit_chunk_mb
     )
-    pieces, states = [], []
+    score = partial(in_one_pass, model, of_pass)
+    pieces: list[Any] = []
+    states: list[Any] = []
+    deferred: list[Deferred] = []
+    ragged: Any
     for part in passes:
         # backward begins with the last: its activations may stay, they are gone before the others'
-        if torch.is_grad_enabled() and part is not passes[-1]:
+        if not torch.is_grad_enabled() or part is passes[-1]:
+            ragged, state = score(part)
+        elif is_sharded(model):
+            deferred.append(later := Deferred.of(partial(score, part)))
+            ragged, state = later.outputs
+        else:
             ragged, state = checkpoint(
                 score,
                 part,
                 use_reentrant=False,
                 preserve_rng_state=False,  # it draws nothing
             )
-        else:
-            ragged, state = score(part)
+        if not len(part.rows):
+            continue
         lengths = batch.response_lengths[part.rows]
         padded = ragged.new_zeros(len(lengths), width)
         mask = torch.arange(width, device=lengths.device) < lengths[:, None]
@@ -119,7 +131,8 @@ def response_scores(
             on_progress(len(lengths))
     back = torch.argsort(torch.cat([part.rows for part in passes]))  # to the batch's order
     log_prob = torch.cat(pieces)[back]
-    return Scores(log_prob, None if pool is None else torch.cat(states)[back])
+    state = None if pool is None else torch.cat(states)[back]
+    return Scores(log_prob, state, tuple(deferred))
 
 
 @torch.no_grad()
@@ -132,19 +145,12 @@ def guarded_responses(
     logit_chunk_mb: float,
 ) -> list[GuardedResponse]:
     """What min-p allows at each response token under the model: N records, on the CPU."""
-    output = OutputLayer.of(model)
-    shape, dtype = LogitShape(output.scale, output.soft_cap, 1.0), compute_dtype(output.weight)
+    guarded = partial(_guarded, model, min_p=min_p, logit_chunk_mb=logit_chunk_mb)
     found: dict[int, GuardedResponse] = {}
     for part in forward_passes(model, batch, tokens_per_microbatch):
-        hidden, targets, _ = part.states(model, None)
-        chunks = []
-        for chunk in row_chunks(len(hidden), output.rows_per_chunk(logit_chunk_mb)):
-            logits = shape.logits(hidden[chunk], output.weight, output.bias, dtype)
-            chunks.append(_guarded_chunk(logits, targets[chunk], min_p))
-            del logits  # before the next chunk's
-        fulls, restricteds, sets = zip(*chunks, strict=True)
-        full, restricted = torch.cat(fulls), torch.cat(restricteds)
-        allowed = AllowedTokens.cat(sets)
+        full, restricted, allowed = in_one_pass(model, guarded, part)
+        if not len(part.rows):
+            continue
         places = batch.response_lengths[part.rows].tolist()
         pieces = zip(
             full.split(places), restricted.split(places), allowed.split(places), strict=True
@@ -153,6 +159,22 @@ def guarded_responses(
             inside = inside.to(torch.device("cpu"))
             found[row] = GuardedResponse(full_row.cpu(), over_allowed.cpu(), inside)
     return [found[row] for row in range(len(found))]
+
+
+def _guarded(
+    model: Any, part: ForwardPass, *, min_p: float, logit_chunk_mb: float
+) -> tuple[Tensor, Tensor, AllowedTokens]:
+    """Log-probs over everything and over what is allowed, (R,) each, and what is allowed."""
+    hidden, targets, _ = part.states(model, None)
+    output = OutputLayer.of(model)
+    shape, dtype = LogitShape(output.scale, output.soft_cap, 1.0), compute_dtype(output.weight)
+    chunks = []
+    for chunk in row_chunks(len(hidden), output.rows_per_chunk(logit_chunk_mb)):
+        logits = shape.logits(hidden[chunk], output.weight, output.bias, dtype)
+        chunks.append(_guarded_chunk(logits, targets[chunk], min_p))
+        del logits  # before the next chunk's
+    fulls, restricteds, sets = zip(*chunks, strict=True)
+    return torch.cat(fulls), torch.cat(restricteds), AllowedTokens.cat(sets)
 
 
 def _guarded_chunk(
