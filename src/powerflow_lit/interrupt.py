@@ -29,6 +29,9 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
         self.signal, self.at_once = signal.Signals(number), at_once
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:  # to be told to other ranks
+        return type(self), (int(self.signal),)
+
 
 class StopSignals:
     """Takes the signals that stop a run, as a context manager, and gives them back at its end.

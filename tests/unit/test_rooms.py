@@ -40,6 +40,8 @@ FORBIDDEN = {
     "module.py": {"hydra", "omegaconf", "config"},
     "datamodule.py": {"hydra", "omegaconf", "config"},
     "scoring.py": {"hydra", "omegaconf", "config", "vllm", "datamodule", "callbacks"},
+    "ranks.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
+                 "rollout", "tasks", "objectives", "module", "datamodule"},
     "diverged.py": {"torch", "lightning", "hydra", "omegaconf", "transformers", "vllm", "config",
                     "models", "rollout", "tasks", "objectives", "module", "datamodule"},
     "health.py": {"hydra", "omegaconf", "config", "vllm", "monitor"},
