@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from powerflow_lit import ranks
 from powerflow_lit.mendable import MendableError
 from powerflow_lit.models.sharding import like, part_of
 from powerflow_lit.shard_files import PREFIX, file_of, read_part, shard_folder
@@ -87,6 +87,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         Raises:
             OSError: the disk did not take a file, on every rank; nothing of it is left.
         """
+        if storage_options is not None:
+            raise TypeError("checkpoints are local files: storage_options does nothing")
         path = Path(self.broadcast(filepath))
         folder = path.parent / self.broadcast(f"{PREFIX}{uuid.uuid4().hex[:12]}")
         weights = checkpoint.pop("state_dict")
@@ -99,14 +101,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         }
         file = file_of(folder, self.global_rank)
         try:
-            self._together(lambda: self._write(part, file))
-            sizes: list[Any] = [None] * self.world_size
-            dist.all_gather_object(sizes, file.stat().st_size)
+            sizes = ranks.gathered(lambda: self._write(part, file))
             shards = {"folder": folder.name, "bytes": sizes}
             main = {**checkpoint, "state_dict": {}, "shards": shards}
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(main, path, storage_options=storage_options)
-        except OSError:
+            ranks.gathered(lambda: self.is_global_zero and self._write(main, path))
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -123,40 +122,41 @@ class FullyShardedStrategy(ModelParallelStrategy):
             raise ShardedCheckpointError(
                 f"{path} was not written with trainer=fsdp: resume it with the trainer of before"
             )
-        ranks = len(state["shards"]["bytes"])
-        if ranks != self.world_size:
+        before = len(state["shards"]["bytes"])
+        if before != self.world_size:
             raise ShardedCheckpointError(
-                f"{path} is of {ranks} ranks, this run has {self.world_size}: resume it with "
-                f"trainer.devices times trainer.num_nodes = {ranks}"
+                f"{path} is of {before} ranks, this run has {self.world_size}: resume it with "
+                f"trainer.devices times trainer.num_nodes = {before}"
             )
-        part = self._together(lambda: read_part(folder, self.global_rank))
+        part = self._own_part(folder)
         return {**state, **{name: part[name] for name in ("state_dict", "optimizer_states")}}
 
-    def _write(self, part: dict[str, Any], file: Path) -> None:
+    def _own_part(self, folder: Path) -> dict[str, Any]:
+        part: dict[str, Any] = {}
+
+        def read() -> None:
+            try:
+                part.update(read_part(folder, self.global_rank))
+            except Exception as error:  # damage comes as an error of zip, pickle or torch
+                reason = str(error).splitlines()[0]
+                raise ShardedCheckpointError(
+                    f"{file_of(folder, self.global_rank)} cannot be read ({reason}): go on from "
+                    "previous.ckpt by renaming it to last.ckpt"
+                ) from error
+
+        ranks.gathered(read)
+        return part
+
+    def _write(self, part: dict[str, Any], file: Path) -> int:
+        """Its size, in bytes, when it is on the disk."""
         self.checkpoint_io.save_checkpoint(part, file)
-        for place in (file, file.parent, file.parent.parent):
+        for place in (file, file.parent):
             handle = os.open(place, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-
-    def _together(self, work: Any) -> Any:
-        """`work()`, and on all ranks the error of the first that fails in it."""
-        result: Any = None
-        error: Exception | None = None
-        try:
-            result = work()
-        except OSError as caught:
-            error = OSError(caught.errno, caught.strerror, caught.filename)
-        except Exception as caught:
-            error = ShardedCheckpointError(str(caught).splitlines()[0])
-        errors: list[Any] = [None] * self.world_size
-        dist.all_gather_object(errors, error)
-        first = next((e for e in errors if e is not None), None)
-        if first is not None:
-            raise first
-        return result
+        return file.stat().st_size
 
 
 def _mapped(states: Mapping[int, Mapping[str, Any]], change: Any) -> dict[int, dict[str, Any]]:

@@ -254,6 +254,7 @@ class PowerFlowModule(L.LightningModule):
         """Spread policy and base over the ranks where the strategy has a mesh (`trainer=fsdp`)."""
         if self.device_mesh is None or is_sharded(self.policy):
             return
+        self.trainer.precision_plugin.convert_module(self)  # rounds weights while they are whole
         shard(self.policy, self.device_mesh["data_parallel"])
         self.frozen.shard(self.device_mesh["data_parallel"])
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from powerflow_lit import ranks
 from powerflow_lit.models.errors import ModelError
 
 Result = TypeVar("Result")
@@ -46,7 +47,6 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     # the output layer is large, and scoring passes have no backward pass that would cut it again
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    model.shard_mesh = mesh
     model.run_together = MethodType(_call, model)
     register_fsdp_forward_method(model, "run_together")
 
@@ -79,13 +79,9 @@ def in_one_pass(model: Any, function: Callable[..., Result], *arguments: Any) ->
         torch.set_autocast_cache_enabled(kept)
 
 
-def passes_of_all_ranks(model: Any, passes: int) -> int:
+def passes_of_all_ranks(model: nn.Module, passes: int) -> int:
     """How many passes this rank must make where its own rows need so many: the most of any."""
-    if not is_sharded(model):
-        return passes
-    most = torch.tensor(passes, device=_device(model.shard_mesh))
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=model.shard_mesh.get_group())
-    return int(most)
+    return ranks.greatest(passes) if is_sharded(model) else passes
 
 
 @dataclass(frozen=True)
@@ -145,16 +141,11 @@ def like(part: Tensor, tensor: Tensor) -> Tensor:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all numbers are finite, those that other ranks hold included."""
-    finite, mesh = True, None
+    finite, spread = True, False
     for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
+        spread = spread or isinstance(tensor, DTensor)
         finite = finite and bool(part_of(tensor).isfinite().all())
-    if mesh is None:
-        return finite
-    everywhere = torch.tensor(int(finite), device=_device(mesh))
-    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=mesh.get_group())
-    return bool(everywhere)
+    return not ranks.greatest(int(not finite)) if spread else finite
 
 
 def average_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -169,10 +160,3 @@ def average_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
     flat /= mesh.size()
     for parameter, mean in zip(parameters, flat.split([p.numel() for p in parts]), strict=True):
         parameter.grad = mean.view_as(parameter).clone()
-
-
-def _device(mesh: DeviceMesh) -> torch.device:
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    index = torch.get_device_module(mesh.device_type).current_device()
-    return torch.device(mesh.device_type, index)
