@@ -38,6 +38,7 @@ from powerflow_lit.models.prompting import route_line
 from powerflow_lit.module import Objective, PowerFlowModule
 from powerflow_lit.monitor import Monitor, Rule
 from powerflow_lit.precision import with_half_precision
+from powerflow_lit.preflight import ranks_of
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.samplers import Decoding, EvaluationSettings
@@ -226,6 +227,7 @@ def chosen_identity(config: TrainConfig) -> dict[str, Any]:
         "strategy": config.strategy.name,
         "finetune": _finetune_of(config.finetune),
         "log_z": str(config.log_z.get("_target_")).rpartition(".")[2],
+        "ranks": ranks_of(config),
     }
 
 

@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,24 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from powerflow_lit import ranks
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.evaluation import evaluate, val_metrics
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.objectives import NonFiniteInputError
 from powerflow_lit.rollout.buffer import pack, unpack
+from powerflow_lit.rollout.engine import seed_from
 from powerflow_lit.run_folder import append_problems, append_samples, sample_rows
 from powerflow_lit.samplers import Decoding, EvaluationSettings
-from powerflow_lit.types import TrajectoryBatch
+from powerflow_lit.types import Prompt, TrajectoryBatch
 
 
 def log(trainer: L.Trainer, metrics: Mapping[str, float], *, step: int, refill: int) -> None:
-    """The same metrics to every logger: `step` optimizer updates and `refill` refills so far."""
+    """The same metrics to every logger: `step` optimizer updates and `refill` refills so far.
+
+    All ranks have the same metrics, which a monitor judges on each; the first alone writes them.
+    """
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "refill": refill}, step=step)
 
@@ -76,13 +82,13 @@ class StepMetrics(Callback):
 
     def _performance(self, data: RolloutDataModule) -> dict[str, float]:
         lap = self.clock.lap()
-        seconds = {f"perf/{p}_s": lap.get(p, 0.0) for p in ("rollout", "score", "update", "sync")}
+        own = {f"perf/{p}_s": lap.get(p, 0.0) for p in ("rollout", "score", "update", "sync")}
+        own["perf/peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        every = ranks.gather(own)
+        slowest = {name: max(one[name] for one in every) for name in own}  # or the largest
         tokens = sum(t.length for t in data.buffer.newest)
-        return {
-            **seconds,
-            "perf/tokens_per_s": tokens / max(sum(seconds.values()), 1e-9),
-            "perf/peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        }
+        seconds = sum(value for name, value in slowest.items() if name.endswith("_s"))
+        return {**slowest, "perf/tokens_per_s": tokens / max(seconds, 1e-9)}
 
 
 class Evaluation(Callback):
@@ -128,32 +134,37 @@ class Evaluation(Callback):
 
     def _evaluate(self, trainer: L.Trainer, decoding: Decoding) -> dict[str, float]:
         _, data = _parts(trainer)
+        prompts = data.eval_prompts[: self.max_prompts]
+        shares = ranks.gathered(lambda: self._share(data, prompts, decoding))
+        scores = [score for share in shares for score in share]
+        data.rest_engine()
+        if trainer.is_global_zero:
+            refill = trainer.current_epoch + 1 if trainer.global_step else 0
+            append_problems(self.folder, refill, decoding.name, [p.id for p in prompts], scores)
+        return val_metrics(scores)
+
+    def _share(
+        self, data: RolloutDataModule, prompts: Sequence[Prompt], decoding: Decoding
+    ) -> list[dict[str, float]]:
+        """The scores of this rank's share of the prompts."""
         data.sync_engine()
         data.check_engine()
-        prompts = data.eval_prompts[: self.max_prompts]
-        total = len(prompts) * (
-            1 if decoding.temperature == 0 else self.settings.samples_per_prompt
-        )
+        own = ranks.share(len(prompts))
+        prompts = prompts[own]
+        if not prompts:
+            return []
+        settings = replace(self.settings, seed=seed_from(self.settings.seed, own.start))
+        total = len(prompts) * decoding.samples_per_prompt(settings)
 
         def report(done: int, tokens: int) -> None:
             if data.on_progress is not None:
                 data.on_progress(f"evaluation {decoding.name}", done, total, tokens)
 
         with self.clock("eval"):
-            scores = evaluate(
-                data.engine,
-                data.tokenizer,
-                data.task,
-                prompts,
-                data.encode(prompts),
-                decoding,
-                self.settings,
-                report,
+            ids = data.encode(prompts)
+            return evaluate(
+                data.engine, data.tokenizer, data.task, prompts, ids, decoding, settings, report
             )
-        data.rest_engine()
-        refill = trainer.current_epoch + 1 if trainer.global_step else 0
-        append_problems(self.folder, refill, decoding.name, [p.id for p in prompts], scores)
-        return val_metrics(scores)
 
     def state_dict(self) -> dict[str, Any]:
         return {"base": self.base, "base_decodings": self.base_decodings, "final": self.final}
@@ -178,7 +189,8 @@ class SelfCheck(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module, data = _parts(trainer)
         if not self._trajectories:
-            groups = sorted({t.group for t in data.buffer.newest})[: self.prompts]
+            few = max(self.prompts, ranks.world_size())  # each rank scores one at least
+            groups = sorted({t.group for t in data.buffer.newest})[:few]
             self._trajectories = [pack(t) for t in data.buffer.newest if t.group in groups]
         trajectories = [unpack(t) for t in self._trajectories]
         self._batch = TrajectoryBatch.collate(trajectories, data.pad_id).to(module.device)
@@ -212,6 +224,8 @@ class Samples(Callback):
         self.folder, self.per_refill = folder, per_refill
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         module, data = _parts(trainer)
         newest = data.buffer.newest
         step = max(len(newest) // max(self.per_refill, 1), 1)

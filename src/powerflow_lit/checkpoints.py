@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from powerflow_lit import ranks
 from powerflow_lit.callbacks import due
 from powerflow_lit.disk import dropped, named
 from powerflow_lit.interrupt import Stopped
@@ -96,12 +97,20 @@ class Checkpoint(Callback):
             )
             return
         self._within_refill = within_refill
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".ckpt.tmp")
-        with named(self.path), dropped(aside):
+        if not trainer.is_global_zero:  # its state is gathered, its weights are the first rank's
             trainer.save_checkpoint(aside)
-        if not trainer.is_global_zero:
+            ranks.together(None)
             return
+        failed: OSError | None = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with named(self.path), dropped(aside):
+                trainer.save_checkpoint(aside)
+        except OSError as error:
+            failed = error
+            trainer.strategy.barrier()  # at which the others wait for the file
+        ranks.together(failed)
         # the rows that it counts on must not be lost where it is not
         for path in (aside, *(self.path.parents[1] / name for name in ROWS)):
             if path.exists():

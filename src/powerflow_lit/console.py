@@ -115,7 +115,7 @@ NOISE = (
     "LeafSpec",
     "transfer_batch",
     "reduce_op",
-    "your dataloader is not resumable",  # `datamodule.Updates` is, by our own count
+    "your dataloader is not resumable",  # `buffer.Updates` is, by our own count
     "`training_step` returned `None`",
 )
 
@@ -123,7 +123,8 @@ NOISE = (
 def quiet() -> None:
     """Leave the terminal to the run's own lines, and keep secrets out of it."""
     hide_in_output()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     logging.getLogger("vllm").setLevel(logging.ERROR)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=f".*{message}")

@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from powerflow_lit import ranks
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.models.lora import policy_weights, policy_weights_alone
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
 from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.prompt_order import prompts_of, usable_prompts
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
-from powerflow_lit.rollout.ahead import Ahead, Sampled
-from powerflow_lit.rollout.metrics import rollout_metrics
+from powerflow_lit.rollout.ahead import Ahead, Sampled, joined
+from powerflow_lit.rollout.buffer import Updates
+from powerflow_lit.rollout.engine import seed_from
+from powerflow_lit.rollout.metrics import pooled, rollout_metrics
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
 from powerflow_lit.scoring import LogPOld, Progress, RolloutSettings, Scorer
-from powerflow_lit.tasks.base import Task, TaskError
+from powerflow_lit.tasks.base import Task
 from powerflow_lit.types import Completion, Prompt, Sampling, Trajectory, TrajectoryBatch
 
 EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
-
-
-class Updates:
-    """A refill's updates from the `start`-th on; its length is that of the whole refill.
-
-    Lightning takes up an epoch in its middle, but a plain loader would begin it anew.
-    """
-
-    def __init__(self, updates: Sequence[TrajectoryBatch], start: int) -> None:
-        self._updates, self._start = updates, start
-
-    def __len__(self) -> int:
-        return len(self._updates)
-
-    def __iter__(self) -> Iterator[TrajectoryBatch]:
-        return iter(self._updates[self._start :])
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -50,6 +39,9 @@ class RolloutDataModule(L.LightningDataModule):
     With `settings.overlap` the next refill is sampled in a thread while this one is trained on,
     from the weights that this one's training begins with: refills 0 and 1 from the first weights,
     refill r from those after the updates of refill r - 2. Whoever asks for the engine waits for it.
+
+    On several ranks each samples and scores its share of a refill's prompts, and then holds the
+    whole refill: buffer, metrics and updates are those of a run in one process.
 
     Args:
         task: prompts and format check; its references are read by the accuracy probe only.
@@ -88,6 +80,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._engine_is_new = True  # nothing that it decoded was compared yet
         self._ahead = Ahead(self._waiting, lambda why: self._module.print(f"warning: {why}"))
         self._trained_from = -1  # updates made as the newest refill's training began
+        self._done_at = 0.0  # when this rank had its share of a refill
         self.train_prompts, self._prompt_ids = self._usable_prompts(
             "training", task.train_prompts(), settings.prompts_per_refill
         )
@@ -107,6 +100,7 @@ class RolloutDataModule(L.LightningDataModule):
                         self._module.global_step,
                     ),
                     on_rebuild=self._note_rebuild,
+                    may_rebuild=ranks.world_size() == 1,
                 )
         return self._engine
 
@@ -128,7 +122,7 @@ class RolloutDataModule(L.LightningDataModule):
         if self.buffer.refill != epoch and epoch <= last:  # past the last, Lightning asks in vain
             self.refill(epoch)
         if self.settings.overlap and epoch < last:
-            self._sample_ahead(epoch + 1)
+            ranks.gathered(lambda: self._sample_ahead(epoch + 1))
         self.rest_engine()
         self._refuse_unknown()
         refill, made = self._made_before
@@ -143,8 +137,25 @@ class RolloutDataModule(L.LightningDataModule):
                 were sampled from other weights than they may be.
             DivergedError: weights or log-probs are not finite.
         """
+        module = self._module
+        if self._engine is None:  # what several ranks build, they build at once
+            ranks.gathered(lambda: self.engine.name)
+        shares = ranks.gathered(lambda: self._refill_share(index))
+        self._wait_over()
+        trajectories = [t for own, _ in shares for t in own]
+        self.buffer.add(trajectories, index)
+        self._ahead.used()
+        self._trained_from = module.global_step
+        if index == 0:
+            module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
+        self.tokens_generated += sum(t.length for t in trajectories)
+        scoring = pooled([(found, sum(t.length for t in own)) for own, found in shares])
+        self.refill_metrics = {**rollout_metrics(trajectories), **scoring}
+
+    def _refill_share(self, index: int) -> tuple[list[Trajectory], dict[str, float]]:
+        """This rank's prompts of a refill: their trajectories, scored, and what scoring found."""
         module, keep, rebuilds = self._module, self.keeps_log_p_old, self.engine_rebuilds
-        prompts = self._prompts_of(index)
+        prompts, first = self._own_prompts(index)
         oldest = self._trained_from if self.settings.overlap else module.global_step
         with self.clock("rollout"):
             sampled = self._ahead.of(index)
@@ -152,23 +163,23 @@ class RolloutDataModule(L.LightningDataModule):
         if sampled is None:
             sampled = self._sample(index, prompts)
         with self.clock("score"):
-            trajectories = self._trajectories(prompts, sampled)
+            trajectories = self._trajectories(prompts, first, sampled)
             self._refuse_stale(trajectories, index + 1, max(oldest, 0))
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
             )
         self._engine_is_new = self.engine_rebuilds != rebuilds  # then nothing of it was compared
-        self.buffer.add(trajectories, index)
-        self._ahead.used()
-        self._trained_from = module.global_step
-        if index == 0:
-            module.calibrate(TrajectoryBatch.collate(trajectories, self.pad_id).to(module.device))
-        self.tokens_generated += sum(t.length for t in trajectories)
-        own = {
+        self._done_at = time.perf_counter()
+        return trajectories, {
+            **scoring,
             "rollout/engine_rebuilds": float(self.engine_rebuilds),
             "rollout/staleness": float(ahead),
         }
-        self.refill_metrics = {**rollout_metrics(trajectories), **scoring, **own}
+
+    def _wait_over(self) -> None:
+        """The other ranks have their shares too: waiting for them is a part of the rollout."""
+        if ranks.world_size() > 1:
+            self.clock.add("rollout", time.perf_counter() - self._done_at)
 
     @property
     def keeps_log_p_old(self) -> LogPOld:
@@ -191,7 +202,9 @@ class RolloutDataModule(L.LightningDataModule):
             settings.samples_per_prompt,
             settings.max_new_tokens,
             min_p=settings.guard_min_p,
-            seed=random.Random(f"{self.seed}-{index}").randrange(2**31),
+            seed=seed_from(
+                random.Random(f"{self.seed}-{index}").randrange(2**31), self._own_prompts(index)[1]
+            ),
             log_probs=self._scorer.prompts_with_log_probs(
                 self.keeps_log_p_old, is_first=self._engine_is_new
             ),
@@ -220,14 +233,15 @@ class RolloutDataModule(L.LightningDataModule):
             gap = self._scorer.check(module, self.engine, self.buffer.newest, index + 1)
         self._ahead.begin(
             self.engine,
-            [self._prompt_ids[p.id] for p in self._prompts_of(index)],
+            [self._prompt_ids[p.id] for p in self._own_prompts(index)[0]],
             self._sampling(index),
             Sampled(index, self.engine.policy_version, gap),
             compared=self.settings.logp_gap_trajectories,
         )
 
     def _waiting(self, done: int, tokens: int) -> None:
-        total = self.settings.prompts_per_refill * self.settings.samples_per_prompt
+        own = ranks.share(self.settings.prompts_per_refill)
+        total = (own.stop - own.start) * self.settings.samples_per_prompt
         self._report("rollout", done, total, tokens)
 
     def sync_engine(self) -> None:
@@ -266,7 +280,7 @@ class RolloutDataModule(L.LightningDataModule):
         return {
             "updates_made": [self.buffer.refill, progress.processed],
             "trained_from": self._trained_from,
-            "sampled_ahead": ahead,
+            "sampled_ahead": joined(ranks.gather(ahead)),
             "refill_metrics": self.refill_metrics,
             "engine_rebuilds": self.engine_rebuilds,
             "buffer": self.buffer.state_dict(),
@@ -276,8 +290,10 @@ class RolloutDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state_dict["buffer"])
-        if self.settings.overlap:
-            self._ahead.load_state_dict(state_dict.get("sampled_ahead"))
+        ahead = state_dict.get("sampled_ahead")
+        if self.settings.overlap and ahead is not None:
+            own = ahead["groups"][ranks.share(len(ahead["groups"]))]
+            self._ahead.load_state_dict({**ahead, "groups": own})
         self._trained_from = state_dict.get("trained_from", -1)
         refill, made = state_dict["updates_made"]
         self._made_before = (refill, made)
@@ -296,39 +312,24 @@ class RolloutDataModule(L.LightningDataModule):
     def _usable_prompts(
         self, role: str, prompts: Sequence[Prompt], needed: int
     ) -> tuple[list[Prompt], dict[int, tuple[int, ...]]]:
-        """Prompts within the token limit, and all prompts' token ids."""
-        ids = dict(zip([p.id for p in prompts], self.encode(prompts), strict=True))
-        limit = self.settings.max_prompt_tokens
-        usable = [p for p in prompts if len(ids[p.id]) <= limit]
-        if len(usable) < needed:
-            raise TaskError(
-                f"task {self.task.name} has {len(usable)} of {len(prompts)} {role} prompts within "
-                f"{limit} tokens, but {needed} are needed at once: lower "
-                "rollout.prompts_per_refill or raise rollout.max_prompt_tokens"
-            )
-        if len(usable) < len(prompts):
-            dropped = len(prompts) - len(usable)
-            print(f"{dropped} of {len(prompts)} {role} prompts are over {limit} tokens: dropped")
-        return usable, ids
+        task, limit = self.task.name, self.settings.max_prompt_tokens
+        return usable_prompts(role, prompts, self.encode, task=task, limit=limit, needed=needed)
 
-    def _prompts_of(self, refill: int) -> list[Prompt]:
-        """The prompts of a refill: shuffled passes over the set, a function of (seed, refill)."""
-        count, size = self.settings.prompts_per_refill, len(self.train_prompts)
-        chosen: list[Prompt] = []
-        orders: dict[int, list[int]] = {}
-        for position in range(refill * count, (refill + 1) * count):
-            lap, place = divmod(position, size)
-            if lap not in orders:  # one shuffle a lap: real sets have 10^5 prompts and more
-                orders[lap] = random.Random(f"{self.seed}-lap-{lap}").sample(range(size), size)
-            chosen.append(self.train_prompts[orders[lap][place]])
-        return chosen
+    def _own_prompts(self, refill: int) -> tuple[list[Prompt], int]:
+        """This rank's share of the prompts of a refill, and the number of its first."""
+        count = self.settings.prompts_per_refill
+        every = prompts_of(refill, self.train_prompts, count=count, seed=self.seed)
+        own = ranks.share(count)
+        return every[own], own.start
 
     # --- trajectories ---------------------------------------------------------------------------
 
-    def _trajectories(self, prompts: Sequence[Prompt], sampled: Sampled) -> list[Trajectory]:
+    def _trajectories(
+        self, prompts: Sequence[Prompt], first: int, sampled: Sampled
+    ) -> list[Trajectory]:
         none = torch.zeros(0)
         trajectories = []
-        for number, (prompt, group) in enumerate(zip(prompts, sampled.groups, strict=True)):
+        for number, (prompt, group) in enumerate(zip(prompts, sampled.groups, strict=True), first):
             for completion in group:
                 response = decode(self.tokenizer, completion.token_ids)
                 trajectories.append(

@@ -6,13 +6,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+
+from powerflow_lit import ranks
+from powerflow_lit.watch import Watch
 
 LAST_RESORT_S = 20  # after a second signal; then the process ends wherever it hangs
 ONE_CAUSE_S = 0.5  # launchers pass on a signal that the process has had already
@@ -48,6 +51,7 @@ class StopSignals:
     def __init__(self, names: Sequence[str]) -> None:
         self.numbers = [signal.SIGINT, *(signal.Signals[name] for name in names)]
         self.requested: signal.Signals | None = None
+        self.pass_on: Callable[[int], None] | None = None  # to ranks that this process has started
         self._deferred = False
         self._since = 0.0
         self._previous: dict[int, Any] = {}
@@ -83,6 +87,8 @@ class StopSignals:
         if again and now - self._since < ONE_CAUSE_S:
             return
         self.requested, self._since = signal.Signals(number), now
+        if self.pass_on is not None:
+            self.pass_on(number)
         if again:
             last_resort = threading.Timer(LAST_RESORT_S, os._exit, (128 + number,))
             last_resort.daemon = True
@@ -95,10 +101,14 @@ class StopSignals:
 
 
 class StopWhereSafe(Callback):
-    """Reads the note between updates, and as rollouts, scores and evaluations go on."""
+    """Reads the note between updates, and as rollouts, scores and evaluations go on.
+
+    A note of one rank stops them all, at the end of the update or of their shares of a phase.
+    """
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
+        self.watch: Watch | None = None  # whether all ranks are still there
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -106,10 +116,14 @@ class StopWhereSafe(Callback):
 
         def checked(*arguments: Any) -> None:
             self.signals.check()
+            if self.watch is not None:
+                self.watch.check()
             if show is not None:
                 show(*arguments)
 
         data.on_progress = checked
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.signals.check()
+        number = ranks.greatest(int(self.signals.requested or 0))
+        if number:
+            raise Stopped(number)

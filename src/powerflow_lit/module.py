@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 
+from powerflow_lit import ranks
 from powerflow_lit.diverged import DivergedError
 from powerflow_lit.log_z import LogZ, LogZContext
 from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
@@ -31,7 +30,8 @@ from powerflow_lit.models.sharding import (
 )
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
 from powerflow_lit.optimization import adamw
-from powerflow_lit.types import TrajectoryBatch
+from powerflow_lit.random_state import random_state, restore_random_state
+from powerflow_lit.types import TokenBatch, TrajectoryBatch
 
 Objective = Callable[..., LossOutput]
 # of the raw ratios of policy to behaviour, known without its log-probs only where they are all 1
@@ -41,6 +41,11 @@ AlphaSchedule = Callable[[float, float], float]  # (alpha, progress in [0, 1]) -
 
 class PowerFlowModule(L.LightningModule):
     """Trains a policy towards the alpha-power of its own frozen base.
+
+    On several ranks each is given the whole update, scores its share of the prompt groups and
+    gathers the log-probs of the others: the objective sees all trajectories, as it would in one
+    process, and so do its metrics. The gradient is of a rank's own rows; the strategy averages it
+    over the ranks, so that the loss is multiplied by their number.
 
     Args:
         policy: causal language model to train, all of it or the adapter that it carries.
@@ -152,27 +157,38 @@ class PowerFlowModule(L.LightningModule):
             output = self.objective(inputs, alpha=self.alpha, **self.calibration)
         except NonFiniteInputError as error:
             self._skip_step(str(error))
-            return None
+            return self._no_loss()
         if not bool(output.loss.isfinite()):  # finite inputs, but a square overflows
             self._skip_step(f"the loss is {float(output.loss.detach())}")
-            return None
+            return self._no_loss()
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
         if self._ratios_unknown(batch):
             self.step_metrics = {k: v for k, v in self.step_metrics.items() if k not in RAW_RATIOS}
         if self.uses_log_z:
             self.step_metrics["log_z_group"] = self.group_log_z(inputs)
-        return self.loss_scale * output.loss
+        return self.loss_scale * ranks.world_size() * output.loss
+
+    def _no_loss(self) -> Tensor | None:
+        """What a skipped step returns; Lightning takes no None from ranks, which wait for each
+        other's gradients: theirs are 0, and dropped before the optimizer looks."""
+        if ranks.world_size() == 1:
+            return None
+        return sum((0 * p.sum() for p in self.parameters() if p.requires_grad), start=0)  # type: ignore[return-value]
 
     def policy_scores(self, batch: TrajectoryBatch) -> Scores:
-        """Log-probs of the responses under the policy; prompt states too if the head reads them."""
+        """Log-probs of all responses under the policy, and states of this rank's own prompts if
+        the head reads them; the gradient is of this rank's own rows."""
         pool = self.log_z.pool if self.log_z.source == "policy" else None
-        return response_scores(
+        tokens, rows = batch.tokens, ranks.share_of_groups(batch.prompt_index)
+        scores = response_scores(
             self.policy,
-            batch.tokens,
+            tokens if ranks.world_size() == 1 else _own(tokens, rows),
             tokens_per_microbatch=self.tokens_per_microbatch,
             logit_chunk_mb=self.logit_chunk_mb,
             pool=pool,
         )
+        shape = len(batch.prompt_index), int(tokens.response_lengths.max())
+        return replace(scores, log_prob=ranks.gather_rows(scores.log_prob, rows, shape))
 
     def loss_inputs(self, batch: TrajectoryBatch, log_pf: Tensor) -> LossInputs:
         """The objective's inputs, log Z still 0. log_pf (N, T) nats.
@@ -199,14 +215,21 @@ class PowerFlowModule(L.LightningModule):
         if not self.uses_log_z:
             return inputs.log_z
         mismatch, weight = self.mismatch_and_weight(inputs)
+        if next(self.log_z.parameters(), None) is None:  # a closed form: of all, on each rank
+            return self.log_z(
+                LogZContext(mismatch, weight, inputs.prompt_index, batch.prompt_id, None)
+            )
+        # what is trained takes its gradient from this rank's rows, as the policy does
+        rows = ranks.share_of_groups(batch.prompt_index)
         state = scores.prompt_state
         if self.log_z.source == "base":
             assert self.log_z.pool is not None
             with torch.no_grad(), self.frozen.model() as base:
-                state = prompt_states(base, batch.tokens, self.log_z.pool)
-        return self.log_z(
-            LogZContext(mismatch, weight, inputs.prompt_index, batch.prompt_id, state)
+                state = prompt_states(base, _own(batch.tokens, rows), self.log_z.pool)
+        own = LogZContext(
+            mismatch[rows], weight[rows], inputs.prompt_index[rows], batch.prompt_id[rows], state
         )
+        return ranks.gather_rows(self.log_z(own), rows, mismatch.shape)
 
     @torch.no_grad()
     def mismatch_and_weight(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
@@ -295,7 +318,8 @@ class PowerFlowModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip policy and head apart; a non-finite gradient skips the step."""
-        if self._skips_this_step:  # there was no loss, and so there are no gradients
+        if self._skips_this_step:  # there was no loss, and so there are no gradients, or of 0
+            optimizer.zero_grad(set_to_none=True)
             return
         norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip))
         head_norm = nn.utils.clip_grad_norm_(self.log_z.parameters(), self.log_z_grad_clip)
@@ -345,7 +369,7 @@ class PowerFlowModule(L.LightningModule):
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "alpha_pull": self.alpha_pull,
-            "random_state": _random_state(),
+            "random_states": ranks.gather(random_state()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -362,7 +386,8 @@ class PowerFlowModule(L.LightningModule):
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.alpha_pull = state.get("alpha_pull", 1.0)
-        self._random_state_to_restore = state["random_state"]
+        states = state["random_states"]
+        self._random_state_to_restore = states[ranks.rank() % len(states)]
 
     def _checkpoint_names(self) -> set[str]:
         """What a checkpoint holds: all that is trained; frozen weights come from the model."""
@@ -373,26 +398,9 @@ class PowerFlowModule(L.LightningModule):
         without_dropout(self.policy)  # also where a resume begins in the middle of an epoch
         state = getattr(self, "_random_state_to_restore", None)
         if state is not None:
-            _restore_random_state(state)
+            restore_random_state(state)
 
 
-def _random_state() -> dict[str, Any]:
-    """All random states as plain numbers, lists and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [kind, torch.tensor(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "python": [version, list(internal), gauss_next],
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+def _own(tokens: TokenBatch, rows: slice) -> TokenBatch:
+    """Some rows of a batch, cut to their longest."""
+    return tokens.rows(torch.arange(len(tokens.lengths), device=tokens.lengths.device)[rows])

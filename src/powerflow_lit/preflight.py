@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from powerflow_lit.config.engines import check_engine
 from powerflow_lit.config.launching import TRACEBACKS
 from powerflow_lit.config.places import check_writable
+from powerflow_lit.config.processes import devices_asked, rank_here, started
 from powerflow_lit.config.rules import ConfigError, require
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.continuing import refuse_another_run
@@ -51,7 +52,8 @@ def check_here(config: TrainConfig) -> None:
             one is asked for.
     """
     check_engine(config.rollout.engine)
-    refuse_another_run(Path(config.run_dir), config.resume)
+    if rank_here() == 0:  # the others are told the folder of the first
+        refuse_another_run(Path(config.run_dir), config.resume)
     check_writable("run_dir", config.run_dir)
     missing = missing_login(config.logger.mode) if config.logger.name == "wandb" else None
     require(missing is None, str(missing))
@@ -79,6 +81,7 @@ def light_parts(config: TrainConfig) -> Parts:
         ModelError: the model's tokenizer does not know the words of a prompt.
     """
     check_device(config)
+    check_ranks(config)
     objective = _objective(config)
     _built("log_z", config.log_z)
     task: Task = _built("task.build", config.task.build)
@@ -110,6 +113,53 @@ def check_device(config: TrainConfig) -> None:
     if accelerator in ("gpu", "cuda") and isinstance(devices, int):
         here = torch.cuda.device_count()
         require(devices <= here, f"trainer.devices={devices}: torch sees {here} here")
+
+
+def ranks_of(config: TrainConfig) -> int:
+    """Processes of the run, one for each device of each node; torch counts them where none did."""
+    import torch
+
+    devices = devices_asked(config.trainer)
+    if devices is None:
+        on_gpu = config.trainer.get("accelerator", "auto") in ("gpu", "cuda", "auto")
+        devices = max(torch.cuda.device_count(), 1) if on_gpu else 1
+    return devices * int(config.trainer.get("num_nodes", 1))
+
+
+def check_ranks(config: TrainConfig) -> None:
+    """Raises ConfigError where the ranks that there are, or will be, cannot share the run."""
+    trainer, found, world = config.trainer, started(), ranks_of(config)
+    asked = f"trainer.devices={trainer.get('devices', 'auto')}"
+    nodes = int(trainer.get("num_nodes", 1))
+    asked += f" and trainer.num_nodes={nodes}" if nodes > 1 else ""
+    require(
+        found is None or found[1] == world,
+        f"{asked} make {world} ranks, but {found and found[1]} were started: give torchrun or "
+        "srun as many processes a node as trainer.devices, and trainer.num_nodes the nodes",
+    )
+    require(
+        nodes == 1 or found is not None,
+        f"trainer.num_nodes={nodes}: Lightning starts processes on this machine only: start them "
+        "with torchrun or srun (docs/distributed.md)",
+    )
+    strategy = str(trainer.get("strategy", ""))
+    require(
+        not any(how in strategy for how in ("spawn", "fork", "notebook")),
+        f"trainer.strategy={strategy}: its processes are copies of this one, which holds an "
+        "engine and open files: take trainer=ddp",
+    )
+    groups = {"rollout.prompts_per_refill": config.rollout.prompts_per_refill}
+    if config.buffer.prompts_per_update is not None:
+        groups["buffer.prompts_per_update"] = config.buffer.prompts_per_update
+    else:
+        name = "rollout.prompts_per_refill / buffer.updates_per_refill"
+        groups[name] = config.rollout.prompts_per_refill // config.buffer.updates_per_refill
+    for name, count in groups.items():
+        require(
+            count % world == 0,
+            f"{name}={count} is not divisible by the {world} ranks of {asked}: it counts the "
+            "prompt groups of all ranks, and each takes as many of them",
+        )
 
 
 def _built(name: str, node: Mapping[str, Any]) -> Any:

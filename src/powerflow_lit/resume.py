@@ -33,6 +33,7 @@ IDENTITY = {
     "strategy": "strategy was {}, now {}",
     "finetune": "finetune was {}, now {}",
     "log_z": "log_z was {}, now {}",
+    "ranks": "it ran on {} ranks, now {}",
     "vocabulary": "the tokenizer's vocabulary differs (fingerprint {}, now {})",
     "weights": "the base model differs (fingerprint of its weights {}, now {})",
 }
@@ -92,6 +93,12 @@ def checkpoint_of(run_dir: Path) -> ResumePoint | None:
     return ResumePoint(path, run["updates"], run["refills"], run["identity"], tuple(damaged))
 
 
+def point_at(path: Path) -> ResumePoint:
+    """A checkpoint that another rank has found whole; only its record is looked at here."""
+    run = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["run"]
+    return ResumePoint(path, run["updates"], run["refills"], run["identity"])
+
+
 def _newest(run_dir: Path) -> tuple[Path, dict[str, Any], list[Path]] | None:
     """The file, what it holds, and newer files that cannot be read, each of which is named."""
     wrong: list[CheckpointError] = []
@@ -126,10 +133,11 @@ def refuse_another(point: ResumePoint, now: Mapping[str, Any], *, force: bool) -
     Raises:
         CheckpointError: names what differs, and its two values.
     """
+    before = {"ranks": 1, **point.identity}  # which a checkpoint did not say when there was one
     differ = [
-        IDENTITY[name].format(point.identity.get(name), value)
+        IDENTITY[name].format(before.get(name), value)
         for name, value in now.items()
-        if point.identity.get(name) != value
+        if before.get(name) != value
     ]
     if differ and force:
         print(f"warning: resume_force=true: {'; '.join(differ)}", file=sys.stderr)

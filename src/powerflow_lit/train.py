@@ -7,6 +7,7 @@ python -m powerflow_lit.train -m strategy=tb_traj,tb_token,powerflow alpha=2,4
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -24,13 +25,15 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
 from powerflow_lit.config.engines import engine_warning
 from powerflow_lit.config.launching import launch, typed_overrides
+from powerflow_lit.config.processes import devices_asked, rank_here, started
+from powerflow_lit.config.rules import require
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.continuing import expand_resume, find_unfinished
 from powerflow_lit.disk import explained
 from powerflow_lit.errors import DIVERGED, in_one_line, is_refusal, line_of
 from powerflow_lit.garbage import imports_left_out
-from powerflow_lit.preflight import check_here, light_parts
+from powerflow_lit.preflight import check_here, light_parts, ranks_of
 from powerflow_lit.sweep import ENDED, all_jobs_known, job_state
 from powerflow_lit.terminal import note_while
 from powerflow_lit.wandb_login import wandb_mode
@@ -39,9 +42,11 @@ from powerflow_lit.wandb_login import wandb_mode
 def announce(config: TrainConfig, run_dir: Path) -> None:
     """What is about to run, in three lines."""
     rollout = config.rollout
+    ranks = ranks_of(config)
     print(
         f"{config.task.name} on {config.model.name}: strategy={config.strategy.name} "
-        f"alpha={config.alpha:g} epsilon={config.epsilon:g} seed={config.seed}\n"
+        f"alpha={config.alpha:g} epsilon={config.epsilon:g} seed={config.seed}"
+        f"{f', on {ranks} ranks' if ranks > 1 else ''}\n"
         f"{config.refills} refills of {rollout.prompts_per_refill} prompts x "
         f"{rollout.samples_per_prompt} rollouts, {config.buffer.updates_per_refill} updates each, "
         f"into {run_dir}"
@@ -66,6 +71,8 @@ def _job_folder(run_dir: str, output_dir: str, overrides: Sequence[str]) -> str:
 def _main(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     overrides = typed_overrides()
+    if rank_here() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first rank says it all
     if hydra_config.mode == RunMode.MULTIRUN:
         folder = Path(_job_folder(cfg.run_dir, hydra_config.runtime.output_dir, overrides))
         try:
@@ -78,10 +85,10 @@ def _main(cfg: DictConfig) -> float | None:
             return None
     with in_one_line():
         config = train_config(cfg)
-        if config.resume == "auto":
+        if config.resume == "auto" and rank_here() == 0:
             config.run_dir = str(find_unfinished(config, overrides))
         summary = _announced_run(config, overrides)
-    if summary.get("status") == "diverged":
+    if summary.get("status") == "diverged" and rank_here() == 0:
         sys.exit(DIVERGED)
     return _headline(summary)
 
@@ -100,6 +107,12 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
         return _headline(summary)
     try:
         config = train_config(cfg)
+        several = (devices_asked(config.trainer) or 2) * int(config.trainer.get("num_nodes", 1)) > 1
+        require(
+            not several or started() is not None,
+            "a multirun of jobs with several ranks needs a launcher that starts them all, as "
+            "hydra/launcher=slurm does: or run each job by itself",
+        )
         config.run_dir = str(folder)
         config.resume = str(folder) if state in ("unfinished", "failed") else None
         return _headline(_announced_run(config, overrides))
@@ -107,7 +120,7 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
         if not is_refusal(error):
             traceback.print_exc()
         print(f"error: {line_of(error)}", file=sys.stderr)
-        if job_state(folder) in ENDED:  # it went wrong after the run itself
+        if job_state(folder) in ENDED or rank_here() > 0:  # it went wrong after the run itself
             raise
         folder.mkdir(parents=True, exist_ok=True)
         summary = run_folder.read_summary(folder) or {}

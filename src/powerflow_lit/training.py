@@ -5,16 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from powerflow_lit import run_folder
+from powerflow_lit import meeting, run_folder
 from powerflow_lit.assembly import (
     build_callbacks,
     build_datamodule,
@@ -30,6 +28,7 @@ from powerflow_lit.checkpoint_io import StraightCheckpointIO
 from powerflow_lit.checkpoints import LAST
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config.checks import as_dict
+from powerflow_lit.config.processes import rank_here
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hidden
 from powerflow_lit.continuing import refuse_another_run
@@ -39,18 +38,20 @@ from powerflow_lit.diverged import DivergedError
 from powerflow_lit.errors import root_cause
 from powerflow_lit.export import data_notes, export, model_card, push
 from powerflow_lit.health import warnings_of
-from powerflow_lit.interrupt import Stopped, StopSignals
+from powerflow_lit.interrupt import Stopped, StopSignals, StopWhereSafe
 from powerflow_lit.metrics_csv import MetricsCsv
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
-from powerflow_lit.preflight import Parts, light_parts
+from powerflow_lit.preflight import Parts, light_parts, ranks_of
 from powerflow_lit.resume import (
     ResumePoint,
     changed_settings,
     checkpoint_of,
+    point_at,
     refuse_another,
     set_damaged_aside,
 )
+from powerflow_lit.watch import Watch
 
 
 def run(
@@ -69,10 +70,30 @@ def run(
     """
     # what can be wrong with strategy and task shows before a model loads
     parts = parts or light_parts(config)
-    first = getattr(rank_zero_only, "rank", 0) == 0  # the ranks of a run share its folder
-    holding = run_folder.held(run_dir) if first else nullcontext()
-    with StopSignals(config.callbacks.stop_signals) as signals, holding:
-        return _run(config, run_dir, overrides, parts, signals)
+    with StopSignals(config.callbacks.stop_signals) as signals:
+        try:
+            if rank_here() > 0:  # its folder is the first rank's
+                told = meeting.hear()
+                point = point_at(Path(told.checkpoint)) if told.checkpoint else None
+                return _run(config, told.folder, overrides, parts, signals, point)
+            with run_folder.held(run_dir):
+                point = _decided_point(config, run_dir)
+                return _run(config, run_dir, overrides, parts, signals, point)
+        finally:
+            meeting.over()
+
+
+def _decided_point(config: TrainConfig, run_dir: Path) -> ResumePoint | None:
+    """What the run goes on from, as all its ranks are told."""
+    decision = None
+    try:
+        point = _resume_point(config, run_dir)
+        path = str(point.path) if point else None
+        decision = meeting.Decision(str(run_dir), path, ranks_of(config))
+    finally:
+        if decision is None or decision.ranks > 1:
+            meeting.decide(decision)
+    return point
 
 
 def _run(
@@ -81,42 +102,41 @@ def _run(
     overrides: Sequence[str],
     parts: Parts,
     signals: StopSignals,
+    point: ResumePoint | None,
 ) -> dict[str, Any]:
     clock = PhaseClock()
-    point = _resume_point(config, run_dir)
+    first = rank_here() == 0  # it alone writes files
     objective, task = parts.objective, parts.task
-    if point is None:
+    if point is None and first:
         run_folder.write_configs(run_dir, as_dict(config), overrides)
     L.seed_everything(config.seed, verbose=False)
     print(*task.notes, sep="\n", end="\n" if task.notes else "")
     policy, tokenizer = build_policy(config)
     identity = identity_of(config, policy, tokenizer)
-    if point is not None:
+    if point is not None and first:
         refuse_another(point, identity, force=config.resume_force)
-        set_damaged_aside(point)
     module = build_module(config, policy, objective)
     data = build_datamodule(config, task, tokenizer, clock)
     evaluation, callbacks = build_callbacks(config, run_dir, task, clock, signals, identity)
-    # only once the checkpoint is loaded: what is refused until then leaves the folder as it was
-    callbacks.append(LambdaCallback(on_fit_start=lambda *_: begin(run_dir, config, overrides)))
-    run_folder.cut_samples(run_dir, point.refills if point else 0)
-    run_folder.cut_problems(run_dir, point.refills if point else -1)
-    loggers: list[Any] = [MetricsCsv(run_dir, keep_until=point.updates if point else None)]
-    if config.logger.name == "wandb":
-        loggers.append(build_wandb(config, run_dir))
+    loggers: list[Any] = []
+    if first:
+        # only once the checkpoint is loaded: what is refused till then leaves the folder as it was
+        callbacks.append(LambdaCallback(on_fit_start=lambda *_: begin(run_dir, config, overrides)))
+        loggers = _loggers(config, run_dir, point)
     trainer = build_trainer(config, run_dir, callbacks, loggers)
     trainer.strategy.checkpoint_io = StraightCheckpointIO()
+    watch = _watch(trainer, callbacks, signals, run_dir)
     ending: dict[str, Any] = {"status": "failed"}
     try:
         path = str(point.path) if point else None
-        with signals.deferred(), explained(lambda: how_to_go_on(run_dir)):
+        with signals.deferred(), explained(lambda: how_to_go_on(run_dir)), watch:
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         signals.check()  # one that came after the last update
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
         ending["status"] = "finished" if stopped_by is None else "diverged"
         if stopped_by is not None:
             ending["stopped_by"] = stopped_by
-        elif config.callbacks.export:
+        elif config.callbacks.export and first:
             summary = _summary(config, module, data, evaluation, clock, ending)
             card = hidden(model_card(as_dict(config), summary, data_notes(data)))
             dtype = config.callbacks.export_dtype
@@ -145,11 +165,41 @@ def _run(
                 getattr(callback, "stop", lambda: None)()
             ending["warnings"] = warnings_of(callbacks)
             summary = _summary(config, module, data, evaluation, clock, ending)
-            _write_summary(run_dir, summary)
-            if config.logger.name == "wandb":
-                _finish_wandb(loggers[-1], summary)
+            if first:
+                _write_summary(run_dir, summary)
+                if config.logger.name == "wandb":
+                    _finish_wandb(loggers[-1], summary)
+            watch.end_others()
     signals.check()  # one that came meanwhile ends a sweep as well
     return summary
+
+
+def _loggers(config: TrainConfig, run_dir: Path, point: ResumePoint | None) -> list[Any]:
+    """Those of the first rank, and its files without what the checkpoint does not hold."""
+    if point is not None:
+        set_damaged_aside(point)
+    run_folder.cut_samples(run_dir, point.refills if point else 0)
+    run_folder.cut_problems(run_dir, point.refills if point else -1)
+    loggers: list[Any] = [MetricsCsv(run_dir, keep_until=point.updates if point else None)]
+    if config.logger.name == "wandb":
+        loggers.append(build_wandb(config, run_dir))
+    return loggers
+
+
+def _watch(
+    trainer: L.Trainer, callbacks: Sequence[L.Callback], signals: StopSignals, run_dir: Path
+) -> Watch:
+    """Looks after the other ranks, which are also passed the signals that come here."""
+    watch = Watch(trainer, f"continue with: python -m powerflow_lit.train resume={run_dir}")
+    if trainer.world_size > 1:
+        # Lightning's own would talk to the other ranks from within the signal's handler, amid
+        # whatever they are told by others; `StopWhereSafe` does it between updates
+        trainer._signal_connector._sigterm_notifier_fn = lambda *_: None  # type: ignore[method-assign]
+        signals.pass_on = getattr(trainer.strategy.launcher, "kill", None)
+    for callback in callbacks:
+        if isinstance(callback, StopWhereSafe):
+            callback.watch = watch
+    return watch
 
 
 def begin(run_dir: Path, config: TrainConfig, overrides: Sequence[str]) -> None:

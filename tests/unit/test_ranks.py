@@ -29,7 +29,7 @@ def test_one_process_talks_to_nobody() -> None:
     assert (ranks.world_size(), ranks.rank(), ranks.greatest(5), ranks.gather("a")) == (
         1, 0, 5, ["a"],
     )  # fmt: skip
-    with pytest.raises(EngineError, match="^as it is$"):
+    with pytest.raises(EngineError, match=r"^as it is$"):
         ranks.gathered(lambda: _raise(EngineError("as it is")))
 
 

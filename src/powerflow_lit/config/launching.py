@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from powerflow_lit.config import conf_dir
+from powerflow_lit.config.processes import rank_here
 from powerflow_lit.config.ranges import SET_BY_THE_RUN
 from powerflow_lit.config.rules import ConfigError, listed, nearest
 from powerflow_lit.config.secrets import hide_in_output
@@ -109,7 +110,8 @@ def typed_overrides() -> list[str]:
 
 def refuse(message: str) -> NoReturn:
     """The message in one line on stderr, and exit code 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    where = f"rank {rank_here()}: " if rank_here() else ""
+    print(f"error: {where}" + " ".join(message.split()), file=sys.stderr)
     sys.exit(REFUSED)
 
 

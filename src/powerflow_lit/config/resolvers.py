@@ -47,6 +47,11 @@ def gap_limit(engine_dtype: Any) -> float:
     return 0.01 if engine_dtype == "float32" else 1.0
 
 
+def precision_of(accelerator: Any) -> str:
+    """`${precision_of:${.accelerator}}`: what suits the device's arithmetic."""
+    return "32-true" if accelerator == "cpu" else "bf16-mixed"
+
+
 def _number(value: Any, resolver: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is no number ({resolver})")
@@ -55,5 +60,14 @@ def _number(value: Any, resolver: str) -> float:
 
 def register_resolvers() -> None:
     """Make them known to OmegaConf; safe to call again."""
-    for resolver in (job_hash, short, product, inverse, times, if_benchmarks, gap_limit):
+    for resolver in (
+        job_hash,
+        short,
+        product,
+        inverse,
+        times,
+        if_benchmarks,
+        gap_limit,
+        precision_of,
+    ):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

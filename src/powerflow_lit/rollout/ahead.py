@@ -48,6 +48,16 @@ class Sampled:
         return cls(**{**state, "groups": groups})
 
 
+def joined(parts: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The ranks' parts of a refill, as one's `state_dict` says them, as one; None if any failed."""
+    whole = [part for part in parts if part is not None]
+    if len(whole) < len(parts):
+        return None
+    groups = [group for part in whole for group in part["groups"]]
+    gap = {name: max(part["gap"][name] for part in whole) for name in whole[0]["gap"]}
+    return {**whole[0], "groups": groups, "gap": gap}
+
+
 class _Thread:
     """Samples from the weights that the engine holds as it begins.
 
@@ -185,6 +195,7 @@ class Ahead:
         return None if self._sampled is None else self._sampled.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Of this rank's part of the refill."""
         self._sampled = None if state is None else Sampled.of(state)
 
 

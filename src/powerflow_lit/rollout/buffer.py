@@ -116,6 +116,22 @@ class ReplayBuffer:
         self._refills = {r: [unpack(t) for t in ts] for r, ts in state["refills"].items()}
 
 
+class Updates:
+    """A refill's updates from the `start`-th on; its length is that of the whole refill.
+
+    Lightning takes up an epoch in its middle, but a plain loader would begin it anew.
+    """
+
+    def __init__(self, updates: Sequence[TrajectoryBatch], start: int) -> None:
+        self._updates, self._start = updates, start
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __iter__(self) -> Iterator[TrajectoryBatch]:
+        return iter(self._updates[self._start :])
+
+
 def pack(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory as plain values and tensors, for checkpoints."""
     prompt = trajectory.prompt

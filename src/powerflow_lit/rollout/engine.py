@@ -14,6 +14,9 @@ from powerflow_lit.mendable import MendableError
 from powerflow_lit.models.sharding import all_finite, whole
 from powerflow_lit.types import Completion, Sampling
 
+# Samples of one prompt take seeds s, s+1, ...: prompts must be further apart than that.
+SEED_STRIDE = 4096
+
 
 class EngineError(MendableError, RuntimeError):
     """The engine cannot do what was asked; the message says what to change."""
@@ -78,6 +81,8 @@ class RolloutEngine(Protocol):
     ) -> list[list[Completion]]:
         """`samples_per_prompt` completions for each prompt's token ids, reproducible by seed.
 
+        Sample j of prompt i is drawn from the seed `sampling.seed + i * SEED_STRIDE + j` alone, so
+        that a part of the prompts has the same responses by itself (see `seed_from`).
         `on_progress(responses finished, tokens of those)` is called for each token or so; what it
         raises ends the work, and leaves the engine usable.
         `max_new_tokens` gives each prompt a limit of its own in place of the sampling's.
@@ -102,6 +107,11 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Free the engine; safe to call twice."""
         ...
+
+
+def seed_from(seed: int, first: int) -> int:
+    """The seed for the prompts from the `first`-th on, as if those before were there too."""
+    return seed + SEED_STRIDE * first
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: set[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +12,18 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import plain_copy
 from powerflow_lit.models.sharding import whole
 from powerflow_lit.rollout.engine import (
+    SEED_STRIDE,
     EngineError,
     EngineSpec,
     NonFiniteRolloutError,
@@ -41,6 +46,24 @@ class RefuseNonFinite(LogitsProcessor):
                 f"the next token's logits hold NaN or infinity in {bad} of {len(scores)} responses"
             )
         return scores
+
+
+class DrawFromSeeds(LogitsProcessor):
+    """Leaves each response's next token, drawn from a seed of its own, as that of greatest score.
+
+    With E from the exponential distribution, the greatest of log p - log E is a draw from p, which
+    is how `torch.multinomial` draws one. But that takes all rows' from one seed: what a prompt got
+    would depend on those beside it, and so on the rank that samples it.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.empty_like(scores)  # (N, V)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()
 
 
 class HfEngine:
@@ -94,23 +117,20 @@ class HfEngine:
         with_log_probs = len(prompts) if sampling.log_probs is None else sampling.log_probs
         scored = with_log_probs * sampling.samples_per_prompt  # responses
         rows = [
-            (list(prompt), limit)
-            for prompt, limit in zip(prompts, limits, strict=True)
-            for _ in range(sampling.samples_per_prompt)
+            _Row(list(prompt), limit, sampling.seed + SEED_STRIDE * index + sample)
+            for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+            for sample in range(sampling.samples_per_prompt)
         ]
         completions: list[Completion] = []
         tokens = 0
-        devices = [self._model.device] if self._model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(sampling.seed)
-            for start in range(0, len(rows), self._sequences_per_batch):
-                tick = _tick(on_progress, len(completions), tokens)
-                chosen = rows[start : start + self._sequences_per_batch]
-                batch = self._generate(chosen, sampling, tick, max(scored - start, 0))
-                completions += batch
-                tokens += sum(len(c.token_ids) for c in batch)
-                if on_progress is not None:
-                    on_progress(len(completions), tokens)
+        for start in range(0, len(rows), self._sequences_per_batch):
+            tick = _tick(on_progress, len(completions), tokens)
+            chosen = rows[start : start + self._sequences_per_batch]
+            batch = self._generate(chosen, sampling, tick, max(scored - start, 0))
+            completions += batch
+            tokens += sum(len(c.token_ids) for c in batch)
+            if on_progress is not None:
+                on_progress(len(completions), tokens)
         n = sampling.samples_per_prompt
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
@@ -136,27 +156,22 @@ class HfEngine:
 
     def _generate(
         self,
-        rows: list[tuple[list[int], int]],
+        rows: list[_Row],
         sampling: Sampling,
         tick: StoppingCriteriaList,
         scored: int,
     ) -> list[Completion]:
-        """Completions of (prompt ids, limit) rows, the first `scored` of them with log-probs."""
-        prompts = [prompt for prompt, _ in rows]
+        """Completions of the rows, the first `scored` of them with log-probs."""
+        prompts = [row.prompt for row in rows]
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id)
         attention = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # left padding, as generate wants it
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             attention[row, width - len(prompt) :] = 1
-        greedy = sampling.temperature == 0
         config = GenerationConfig(
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else 0,
-            min_p=None if greedy or sampling.min_p == 0 else sampling.min_p,
-            max_new_tokens=max(limit for _, limit in rows),
+            do_sample=False,  # the greatest score is the draw
+            max_new_tokens=max(row.limit for row in rows),
             pad_token_id=self._pad_id,
             eos_token_id=list(self._eos_ids),
         )
@@ -165,11 +180,11 @@ class HfEngine:
             attention_mask=attention.to(self._model.device),
             generation_config=config,
             stopping_criteria=tick,
-            logits_processor=LogitsProcessorList([RefuseNonFinite()]),
+            logits_processor=_processors(sampling, [row.seed for row in rows], self._model.device),
         )
         # rows run to the longest limit; cutting them changes nothing of what came before
         found = zip(output[:, width:].tolist(), rows, strict=True)
-        responses = [self._cut(ids)[:limit] for ids, (_, limit) in found]
+        responses = [self._cut(ids)[: row.limit] for ids, row in found]
         # generate's own scores are (T, N, V): a second pass needs far less memory
         few = list(zip(prompts, responses, strict=True))[:scored]
         scores = self.score(few) if few else []
@@ -185,6 +200,31 @@ class HfEngine:
     def _cut(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self._eos_ids), len(ids))
         return ids[: end + 1]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One response to be sampled."""
+
+    prompt: list[int]
+    limit: int  # tokens
+    seed: int
+
+
+def _processors(
+    sampling: Sampling, seeds: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """From logits to scores whose greatest is the next token, in vLLM's and `generate`'s order."""
+    chosen: list[LogitsProcessor] = [RefuseNonFinite()]
+    if sampling.temperature == 0:
+        return LogitsProcessorList(chosen)
+    if sampling.temperature != 1:
+        chosen.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_p < 1:
+        chosen.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        chosen.append(MinPLogitsWarper(sampling.min_p))
+    return LogitsProcessorList([*chosen, DrawFromSeeds(seeds, device)])
 
 
 class _Tick(StoppingCriteria):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from powerflow_lit.metrics import text
 from powerflow_lit.types import Trajectory
+
+GREATEST = {"selfcheck/engine_logp_gap"}  # of which the whole has the greatest, not a mean
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -34,6 +36,19 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def pooled(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """What ranks have found in scoring their parts of a refill, as of the whole.
+
+    Args:
+        parts: metrics by name, the same names in all, and the tokens that they are of.
+    """
+    (first, _), tokens = parts[0], sum(count for _, count in parts)
+    found = {
+        name: sum(metrics[name] * count for metrics, count in parts) / tokens for name in first
+    }
+    return {**found, **{n: max(m[n] for m, _ in parts) for n in GREATEST & first.keys()}}
 
 
 def log_prob_gap(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> tuple[float, float]:

@@ -26,6 +26,7 @@ class RebuildingEngine:
         build: makes an engine, still without weights.
         policy: weights of the policy as it is now, and their version.
         on_rebuild: told in a line why the engine was built anew.
+        may_rebuild: False where building takes all ranks of a run at once, and so ends the run.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class RebuildingEngine:
         *,
         policy: Callable[[], tuple[Mapping[str, Tensor], int]],
         on_rebuild: Callable[[str], None],
+        may_rebuild: bool = True,
     ) -> None:
         self._build, self._policy, self._on_rebuild = build, policy, on_rebuild
+        self._may_rebuild = may_rebuild
         self._engine = build()
 
     @property
@@ -130,6 +133,11 @@ class RebuildingEngine:
             return _checked(ask(), log_probs)
         except NonFiniteRolloutError as error:
             wrong = str(error)  # not the error itself, whose frames hold the engine's memory
+        if not self._may_rebuild:
+            raise NonFiniteRolloutError(
+                f"after update {self.policy_version} the engine {self.name} is poisoned: {wrong}. "
+                "On several ranks it is not built anew in the run: go on with resume="
+            )
         self._on_rebuild(
             f"the engine {self.name} is built anew after update {self.policy_version}: {wrong}"
         )

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.sharding import whole
 from powerflow_lit.rollout.engine import (
+    SEED_STRIDE,
     EngineError,
     EngineSpec,
     NonFiniteRolloutError,
@@ -22,9 +23,6 @@ from powerflow_lit.rollout.engine import (
 )
 from powerflow_lit.rollout.host_state import classes_kept, group_kept, trainer_state_kept
 from powerflow_lit.types import Completion, Sampling
-
-# Requests of one prompt take seeds s, s+1, ...: prompts must be further apart than that.
-SEED_STRIDE = 4096
 
 
 def tied_names(model: nn.Module) -> set[str]:
