@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit import ranks
 from powerflow_lit.clock import PhaseClock
-from powerflow_lit.models.lora import policy_weights, policy_weights_alone
+from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
+from powerflow_lit.models.sharding import agreed
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.prompt_order import prompts_of, usable_prompts
 from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
@@ -95,10 +96,7 @@ class RolloutDataModule(L.LightningDataModule):
             with self.clock("start"):  # of the engine; one that is built anew counts as rollout
                 self._engine = RebuildingEngine(
                     lambda: self._engine_factory(self._module),
-                    policy=lambda: (
-                        policy_weights_alone(self._module.policy),
-                        self._module.global_step,
-                    ),
+                    policy=lambda: (policy_weights(self._module.policy), self._module.global_step),
                     on_rebuild=self._note_rebuild,
                     may_rebuild=ranks.world_size() == 1,
                 )
@@ -158,12 +156,14 @@ class RolloutDataModule(L.LightningDataModule):
         prompts, first = self._own_prompts(index)
         oldest = self._trained_from if self.settings.overlap else module.global_step
         with self.clock("rollout"):
-            sampled = self._ahead.of(index)
+            sampled = agreed(module.policy, lambda: self._ahead.of(index))
         ahead = sampled is not None
         if sampled is None:
             sampled = self._sample(index, prompts)
         with self.clock("score"):
-            trajectories = self._trajectories(prompts, first, sampled)
+            trajectories = agreed(
+                module.policy, lambda: self._trajectories(prompts, first, sampled)
+            )
             self._refuse_stale(trajectories, index + 1, max(oldest, 0))
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
@@ -215,10 +215,12 @@ class RolloutDataModule(L.LightningDataModule):
         self.sync_engine()
         total = len(prompts) * self.settings.samples_per_prompt
         with self.clock("rollout"):
-            groups = self.engine.generate(
-                [self._prompt_ids[p.id] for p in prompts],
-                self._sampling(index),
-                lambda done, tokens: self._report("rollout", done, total, tokens),
+            ids, sampling = [self._prompt_ids[p.id] for p in prompts], self._sampling(index)
+            groups = agreed(
+                self._module.policy,
+                lambda: self.engine.generate(
+                    ids, sampling, lambda done, n: self._report("rollout", done, total, n)
+                ),
             )
         return Sampled(index, self.engine.policy_version, {}, groups)
 

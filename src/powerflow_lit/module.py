@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_constant_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from powerflow_lit import ranks
 from powerflow_lit.diverged import DivergedError
@@ -22,14 +22,14 @@ from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
 from powerflow_lit.models.sharding import (
     Deferred,
-    all_finite,
     average_gradients,
     is_sharded,
+    part_of,
     shard,
     whole,
 )
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
-from powerflow_lit.optimization import adamw
+from powerflow_lit.optimization import adamw, warmed_up
 from powerflow_lit.random_state import random_state, restore_random_state
 from powerflow_lit.types import TokenBatch, TrajectoryBatch
 
@@ -140,9 +140,9 @@ class PowerFlowModule(L.LightningModule):
     @property
     def is_healthy(self) -> bool:
         """Whether a checkpoint of this state is worth keeping: the last update was not skipped,
-        and everything that is trained is finite."""
-        trained = (p for p in self.parameters() if p.requires_grad)
-        return self.skipped_in_a_row == 0 and all_finite(trained)
+        and everything that is trained is finite, as far as this rank holds it."""
+        trained = (part_of(p) for p in self.parameters() if p.requires_grad)
+        return self.skipped_in_a_row == 0 and all(bool(p.isfinite().all()) for p in trained)
 
     # --- the method -----------------------------------------------------------------------------
 
@@ -171,8 +171,11 @@ class PowerFlowModule(L.LightningModule):
     def _no_loss(self) -> Tensor | None:
         """What a skipped step returns; Lightning takes no None from ranks, which wait for each
         other's gradients: theirs are 0, and dropped before the optimizer looks."""
+        self._deferred = ()
         if ranks.world_size() == 1:
             return None
+        if is_sharded(self.policy):  # no gradient is waited for but those of passes
+            return torch.zeros((), device=self.device, requires_grad=True)
         return sum((0 * p.sum() for p in self.parameters() if p.requires_grad), start=0)  # type: ignore[return-value]
 
     def policy_scores(self, batch: TrajectoryBatch) -> Scores:
@@ -302,10 +305,7 @@ class PowerFlowModule(L.LightningModule):
             fused=self.fused_optimizer,
             scaled_loss=getattr(plugin, "scaler", None) is not None,
         )
-        warmup = get_constant_schedule_with_warmup(optimizer, self.warmup_steps).lr_lambdas[0]
-        hold = self.log_z.warmup_steps
-        lambdas = [lambda step: 0.0 if step < hold else warmup(step - hold + 1), lambda step: 1.0]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas[: len(groups)])
+        schedule = warmed_up(optimizer, hold=self.log_z.warmup_steps, warmup=self.warmup_steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},

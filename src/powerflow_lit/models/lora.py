@@ -131,20 +131,6 @@ def policy_weights(model: nn.Module) -> Mapping[str, Tensor]:
     return PlainWeights(model) if is_lora(model) else dict(model.state_dict())
 
 
-def policy_weights_alone(model: nn.Module) -> Mapping[str, Tensor]:
-    """The same, for an engine of this rank that no other rank syncs now.
-
-    Raises:
-        ModelError: the weights are spread over ranks, so that the others would have to take part.
-    """
-    if is_sharded(model):
-        raise ModelError(
-            "under trainer=fsdp no engine is built anew, since no rank has all weights: go on from "
-            "the last checkpoint with resume=<run_dir>"
-        )
-    return policy_weights(model)
-
-
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy without adapter, in evaluation mode; an adapter's part is in its weights.
 

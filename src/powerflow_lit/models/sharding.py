@@ -84,6 +84,19 @@ def passes_of_all_ranks(model: nn.Module, passes: int) -> int:
     return ranks.greatest(passes) if is_sharded(model) else passes
 
 
+def agreed(model: nn.Module, work: Callable[[], Result]) -> Result:
+    """`work()`, which a rank does for itself between passes that all make together.
+
+    Of a model that is spread over ranks, what it raises on one is raised on all (`ranks.gathered`):
+    the others would wait in the next pass for ever. `work` must hold no such pass.
+    """
+    if not is_sharded(model):
+        return work()
+    results: list[Result] = []
+    ranks.gathered(lambda: results.append(work()))
+    return results[0]
+
+
 @dataclass(frozen=True)
 class Deferred:
     """A pass made without gradient, whose backward pass follows that of the loss.
