@@ -14,20 +14,13 @@ from transformers import PreTrainedModel
 from powerflow_lit import ranks
 from powerflow_lit.diverged import DivergedError
 from powerflow_lit.log_z import LogZ, LogZContext
+from powerflow_lit.models import sharding
 from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
 from powerflow_lit.models.checkpointing import without_dropout
 from powerflow_lit.models.errors import ModelError
 from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
-from powerflow_lit.models.sharding import (
-    Deferred,
-    average_gradients,
-    is_sharded,
-    part_of,
-    shard,
-    whole,
-)
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
 from powerflow_lit.optimization import adamw, warmed_up
 from powerflow_lit.random_state import random_state, restore_random_state
@@ -116,7 +109,7 @@ class PowerFlowModule(L.LightningModule):
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.skipped_steps = self.skipped_in_a_row = 0
         self._skips_this_step = False
-        self._deferred: tuple[Deferred, ...] = ()  # passes left to do after the loss's backward
+        self._deferred: tuple[sharding.Deferred, ...] = ()  # left after the loss's backward
         self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
 
     @property
@@ -141,7 +134,7 @@ class PowerFlowModule(L.LightningModule):
     def is_healthy(self) -> bool:
         """Whether a checkpoint of this state is worth keeping: the last update was not skipped,
         and everything that is trained is finite, as far as this rank holds it."""
-        trained = (part_of(p) for p in self.parameters() if p.requires_grad)
+        trained = (sharding.part_of(p) for p in self.parameters() if p.requires_grad)
         return self.skipped_in_a_row == 0 and all(bool(p.isfinite().all()) for p in trained)
 
     # --- the method -----------------------------------------------------------------------------
@@ -174,7 +167,7 @@ class PowerFlowModule(L.LightningModule):
         self._deferred = ()
         if ranks.world_size() == 1:
             return None
-        if is_sharded(self.policy):  # no gradient is waited for but those of passes
+        if sharding.is_sharded(self.policy):  # no gradient is waited for but those of passes
             return torch.zeros((), device=self.device, requires_grad=True)
         return sum((0 * p.sum() for p in self.parameters() if p.requires_grad), start=0)  # type: ignore[return-value]
 
@@ -278,10 +271,10 @@ class PowerFlowModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Spread policy and base over the ranks where the strategy has a mesh (`trainer=fsdp`)."""
-        if self.device_mesh is None or is_sharded(self.policy):
+        if self.device_mesh is None or sharding.is_sharded(self.policy):
             return
         self.trainer.precision_plugin.convert_module(self)  # rounds weights while they are whole
-        shard(self.policy, self.device_mesh["data_parallel"])
+        sharding.shard(self.policy, self.device_mesh["data_parallel"])
         self.frozen.shard(self.device_mesh["data_parallel"])
 
     def backward(self, loss: Tensor, *arguments: Any, **settings: Any) -> None:
@@ -290,7 +283,7 @@ class PowerFlowModule(L.LightningModule):
             part.backward(self.trainer.precision_plugin.forward_context)
         self._deferred = ()
         if self.device_mesh is not None:  # the head is whole on every rank
-            average_gradients(self.log_z, self.device_mesh["data_parallel"])
+            sharding.average_gradients(self.log_z, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         policy = [p for p in self.policy.parameters() if p.requires_grad]
@@ -306,10 +299,8 @@ class PowerFlowModule(L.LightningModule):
             scaled_loss=getattr(plugin, "scaler", None) is not None,
         )
         schedule = warmed_up(optimizer, hold=self.log_z.warmup_steps, warmup=self.warmup_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        schedule_of = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule_of}
 
     def configure_gradient_clipping(
         self,
@@ -321,7 +312,7 @@ class PowerFlowModule(L.LightningModule):
         if self._skips_this_step:  # there was no loss, and so there are no gradients, or of 0
             optimizer.zero_grad(set_to_none=True)
             return
-        norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip))
+        norm = sharding.whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip))
         head_norm = nn.utils.clip_grad_norm_(self.log_z.parameters(), self.log_z_grad_clip)
         self.step_metrics["grad_norm"] = norm
         self.step_metrics["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
