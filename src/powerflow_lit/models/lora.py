@@ -119,6 +119,9 @@ class PlainWeights(Mapping[str, Tensor]):
             return weight
         return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # a Mapping's own would make the sum
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
