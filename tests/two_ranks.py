@@ -1,4 +1,4 @@
-"""Functions run on several ranks at once: processes that meet over gloo, as the ranks of a run do.
+"""Several ranks at once: processes that meet over gloo, as the ranks of a run do.
 
 They are forks of the server that `tests.commands` keeps, which has imported the package already.
 """
@@ -6,9 +6,12 @@ They are forks of the server that `tests.commands` keeps, which has imported the
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import tempfile
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.commands import SERVER
+from tests.commands import SERVER, command, environment
+
+
+def as_torchrun_starts(
+    folder: Path, *overrides: str, world: int = 2
+) -> list[subprocess.CompletedProcess[str]]:
+    """`powerflow_lit.train trainer=ddp ...` from `folder` on each rank, without torchrun's seconds.
+
+    The environment is what torchrun gives, of which this package and Lightning know nothing else.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ours = {
+        "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    arguments = ["trainer=ddp", f"trainer.devices={world}", "trainer.accelerator=cpu", *overrides]
+
+    def one(number: int) -> subprocess.CompletedProcess[str]:
+        env = {**environment(folder), **ours, "RANK": str(number), "LOCAL_RANK": str(number)}
+        return command("powerflow_lit.train", arguments, folder=folder, env=env)
+
+    with ThreadPoolExecutor(world) as ranks:
+        return list(ranks.map(one, range(world)))
 
 
 def on_ranks(function: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.identity import config_hash
+from powerflow_lit.config.processes import TOLD
 from powerflow_lit.config.rules import ConfigError
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hidden
@@ -23,6 +25,8 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
         ConfigError: the folder is not a run's.
     """
     arguments = list(arguments)
+    if TOLD in os.environ:  # started by the first rank with what it made of them
+        return arguments
     chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
     if not chosen or chosen[-1] in ("auto", "null", ""):
         return arguments

@@ -196,7 +196,7 @@ def _watch(
         # Lightning's own would talk to the other ranks from within the signal's handler, amid
         # whatever they are told by others; `StopWhereSafe` does it between updates
         trainer._signal_connector._sigterm_notifier_fn = lambda *_: None  # type: ignore[method-assign]
-        signals.pass_on = getattr(trainer.strategy.launcher, "kill", None)
+        signals.pass_on = watch.pass_on
     for callback in callbacks:
         if isinstance(callback, StopWhereSafe):
             callback.watch = watch

@@ -75,19 +75,22 @@ class Watch:
                 process.kill()
                 process.wait()
 
-    @property
-    def _children(self) -> list[subprocess.Popen]:
-        """Those that Lightning has started, which its own observer looks at as well."""
-        return getattr(self._launcher, "procs", [])
+    def pass_on(self, number: int) -> None:
+        """A signal to the processes that this one has started."""
+        for process in self._started:
+            process.send_signal(number)
 
     def _take_over(self) -> None:
-        """Lightning would kill this process, unsaved, where a child ends with an error."""
-        self._started += [p for p in self._children if p not in self._started]
-        self._children.clear()
+        """Lightning's own observer would kill this process, without a word, where a child ends
+        with an error; it looks at this list every 5 s and goes home when it is empty."""
+        children: list[subprocess.Popen] = getattr(self._launcher, "procs", [])
+        self._started += [p for p in children if p not in self._started]
+        children.clear()
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_S):
-            for number, process in enumerate(list(self._children), start=1):
+            self._take_over()
+            for number, process in enumerate(self._started, start=1):
                 if process.poll():
                     how = _ending(process.returncode)
                     self._lose(f"rank {number} (process {process.pid}) has ended {how}")

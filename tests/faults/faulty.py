@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from powerflow_lit import ranks
 from powerflow_lit.objectives import BalanceObjective, LossInputs, LossOutput
 from powerflow_lit.rollout import EngineError
 from powerflow_lit.rollout.hf_engine import HfEngine
@@ -47,6 +48,15 @@ class OtherEngine(HfEngine):
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         sharper = {k: v * (1.05 if "lm_head" in k else 1.0) for k, v in weights.items()}
+        super().sync(sharper, policy_version)
+
+
+class OtherEngineOnRankOne(HfEngine):
+    """The same on one rank alone."""
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        factor = 1.0 + 0.05 * ranks.rank()
+        sharper = {k: v * (factor if "lm_head" in k else 1.0) for k, v in weights.items()}
         super().sync(sharper, policy_version)
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ def start(
     *overrides: str,
     env: Mapping[str, str] | None = None,
     fault: tuple[str, str] | None = None,
+    launcher: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
     """`python -m powerflow_lit.train ...` from `folder`, in a process group of its own.
 
     Its output is one stream, line by line. `fault`: a moment and an action, see `faulty_train`.
+    `launcher`: what python is given before `-m powerflow_lit.train`, as torchrun's module.
     """
-    command = ["-m", "powerflow_lit.train"]
+    command = [*launcher, "-m", "powerflow_lit.train"]
     if fault is not None:
         command = [str(Path(__file__).with_name("faulty_train.py")), *fault]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
@@ -101,9 +103,9 @@ def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
     os.kill(process.pid, number)
 
 
-def finish(folder: Path, *overrides: str) -> str:
+def finish(folder: Path, *overrides: str, launcher: Sequence[str] = ()) -> str:
     """A run to its end; returns what it printed."""
-    process = start(folder, *overrides)
+    process = start(folder, *overrides, launcher=launcher)
     code, output = end_of(process, within=600)
     assert code == 0, output[-3000:]
     return output
