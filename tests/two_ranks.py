@@ -23,9 +23,9 @@ from tests.commands import SERVER, command, environment
 
 
 def as_torchrun_starts(
-    folder: Path, *overrides: str, world: int = 2
+    folder: Path, *overrides: str, world: int = 2, trainer: str = "ddp"
 ) -> list[subprocess.CompletedProcess[str]]:
-    """`powerflow_lit.train trainer=ddp ...` from `folder` on each rank, without torchrun's seconds.
+    """`powerflow_lit.train trainer=...` from `folder` on each rank, without torchrun's seconds.
 
     The environment is what torchrun gives, of which this package and Lightning know nothing else.
     """
@@ -36,7 +36,12 @@ def as_torchrun_starts(
         "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    arguments = ["trainer=ddp", f"trainer.devices={world}", "trainer.accelerator=cpu", *overrides]
+    arguments = [
+        f"trainer={trainer}",
+        f"trainer.devices={world}",
+        "trainer.accelerator=cpu",
+        *overrides,
+    ]
 
     def one(number: int) -> subprocess.CompletedProcess[str]:
         env = {**environment(folder), **ours, "RANK": str(number), "LOCAL_RANK": str(number)}

@@ -17,6 +17,7 @@ from powerflow_lit.callbacks import due
 from powerflow_lit.disk import dropped, named
 from powerflow_lit.interrupt import Stopped
 from powerflow_lit.module import PowerFlowModule
+from powerflow_lit.shard_files import remove_unused
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 ROWS = ("metrics.csv", "problems.csv", "samples.jsonl")
@@ -90,26 +91,25 @@ class Checkpoint(Callback):
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, *, within_refill: bool) -> None:
         assert isinstance(module, PowerFlowModule)
-        if not module.is_healthy:  # what stands is good, and this is not
+        if ranks.greatest(int(not module.is_healthy)):  # what stands is good, and this is not
             module.print(
                 "warning: no checkpoint: the last update was skipped, or broke the weights"
             )
             return
         self._within_refill = within_refill
         aside = self.path.with_suffix(".ckpt.tmp")
-        if not trainer.is_global_zero:  # its state is gathered, its weights are the first rank's
-            trainer.save_checkpoint(aside)
-            ranks.together(None)
-            return
         failed: OSError | None = None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if trainer.is_global_zero:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             with named(self.path), dropped(aside):
                 trainer.save_checkpoint(aside)
         except OSError as error:
             failed = error
             trainer.strategy.barrier()  # at which the others wait for the file
         ranks.together(failed)
+        if not trainer.is_global_zero:  # its state is gathered, or in a file of its own
+            return
         # the rows that it counts on must not be lost where it is not
         for path in (aside, *(self.path.parents[1] / name for name in ROWS)):
             if path.exists():
@@ -123,6 +123,7 @@ class Checkpoint(Callback):
             os.fsync(folder)  # the new name is in the folder, not in the file
         finally:
             os.close(folder)
+        remove_unused(self.path.parent)
 
 
 def _between_updates(fit_loop: dict[str, Any], updates: int) -> None:

@@ -15,6 +15,7 @@ from powerflow_lit import ranks
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import Route, decode, encode_prompts
+from powerflow_lit.models.sharding import agreed
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.prompt_order import prompts_of, usable_prompts
 from powerflow_lit.rewarding import Rewarder, RewardSettings
@@ -26,7 +27,7 @@ from powerflow_lit.rollout.metrics import pooled, rollout_metrics
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
 from powerflow_lit.scoring import LogPOld, Progress, RolloutSettings, Scorer
 from powerflow_lit.tasks.base import Task
-from powerflow_lit.types import Completion, Prompt, Sampling, Trajectory, TrajectoryBatch
+from powerflow_lit.types import Prompt, Sampling, Trajectory, TrajectoryBatch
 
 EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
 
@@ -160,12 +161,14 @@ class RolloutDataModule(L.LightningDataModule):
         prompts, first = self._own_prompts(index)
         oldest = self._trained_from if self.settings.overlap else module.global_step
         with self.clock("rollout"):
-            sampled = self._ahead.of(index)
+            sampled = agreed(module.policy, lambda: self._ahead.of(index))
         ahead = sampled is not None
         if sampled is None:
             sampled = self._sample(index, prompts)
         with self.clock("score"):
-            trajectories = self._trajectories(prompts, first, sampled)
+            trajectories = agreed(
+                module.policy, lambda: self._trajectories(prompts, first, sampled)
+            )
             self._refuse_stale(trajectories, index + 1, max(oldest, 0))
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
@@ -217,14 +220,17 @@ class RolloutDataModule(L.LightningDataModule):
         """The responses of a refill from the policy's present weights."""
         self.sync_engine()
         total = len(prompts) * self.settings.samples_per_prompt
-        ids = [self._prompt_ids[p.id] for p in prompts]
+        ids, sampling = [self._prompt_ids[p.id] for p in prompts], self._sampling(index)
         scoring = self._scorer.while_generating(self._module, ids)
         with self.clock("rollout"), scoring as on_finished:
-            groups = self.engine.generate(
-                ids,
-                self._sampling(index),
-                lambda done, tokens: self._report("rollout", done, total, tokens),
-                on_finished=on_finished,
+            groups = agreed(
+                self._module.policy,
+                lambda: self.engine.generate(
+                    ids,
+                    sampling,
+                    lambda done, tokens: self._report("rollout", done, total, tokens),
+                    on_finished=on_finished,
+                ),
             )
         return Sampled(index, self.engine.policy_version, {}, groups)
 
@@ -349,7 +355,7 @@ class RolloutDataModule(L.LightningDataModule):
                         formatted=self.task.is_formatted(response),
                         correct=self.task.is_correct(prompt, response),
                         policy_version=sampled.policy_version,
-                        log_p_old=_behaviour(completion),
+                        log_p_old=completion.log_p_old,
                         log_p_base=none,
                     )
                 )
@@ -387,11 +393,3 @@ class RolloutDataModule(L.LightningDataModule):
     def _report(self, phase: str, done: int, total: int, tokens: int) -> None:
         if self.on_progress is not None:
             self.on_progress(phase, done, total, tokens)
-
-
-def _behaviour(completion: Completion) -> torch.Tensor:
-    """Its log-probs (L,) in nats, NaN where nobody asked for them."""
-    length = len(completion.token_ids)
-    if not completion.log_probs:
-        return torch.full((length,), torch.nan)
-    return torch.tensor(completion.log_probs)

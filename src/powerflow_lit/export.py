@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from huggingface_hub import HfApi
 from torch import Tensor
@@ -18,7 +19,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.disk import named
-from powerflow_lit.models.lora import is_lora, policy_weights
+from powerflow_lit.models.lora import is_lora, policy_weights, trained_names
+from powerflow_lit.models.sharding import is_sharded, whole
 
 PAPER = "https://arxiv.org/abs/2603.18363"
 CITATION = """@article{powerflow2026,
@@ -40,6 +42,8 @@ def export(
 ) -> Path:
     """Write `folder/export`, aside first: `AutoModelForCausalLM` and `vllm serve` open it.
 
+    Of a policy that is spread over ranks, all ranks call it; the first gathers and writes.
+
     An adapter is merged into the weights, and kept beside them in `export/adapter` for peft.
     What an export before left stays until the new one is whole.
 
@@ -51,6 +55,10 @@ def export(
         OSError: the disk is full; the space of the unfinished export is given back.
     """
     target, aside = folder / "export", folder / "export.tmp"
+    if is_sharded(policy) and dist.get_rank() != 0:
+        _on_cpu(policy, dtype, keep=False)
+        _adapter(policy, keep=False)
+        return target
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with named(target):
@@ -71,11 +79,12 @@ def _write(
     card: str | None,
 ) -> None:
     # the weights go through the CPU: a GPU that trains has no room for another copy
-    _plain_shell(policy).save_pretrained(aside, state_dict=_on_cpu(policy, dtype))
+    weights, adapter = _on_cpu(policy, dtype), _adapter(policy)
+    _plain_shell(policy).save_pretrained(aside, state_dict=weights)
     # the shell, which has no weights of its own, would say the default dtype
     _say_dtype(aside / "config.json", dtype or str(policy.dtype).removeprefix("torch."))
     if is_lora(policy):
-        policy.save_pretrained(aside / "adapter")
+        policy.save_pretrained(aside / "adapter", state_dict=adapter)
     tokenizer.save_pretrained(aside)
     if card is not None:
         (aside / "README.md").write_text(card)
@@ -211,19 +220,38 @@ def _plain_shell(policy: PreTrainedModel) -> PreTrainedModel:
     return shell
 
 
-def _on_cpu(policy: PreTrainedModel, dtype: str | None) -> dict[str, Tensor]:
-    """All weights in `dtype`; tied ones stay one tensor, which is then written once."""
-    own = {name: tensor.data_ptr() for name, tensor in policy.state_dict().items()}
+def _on_cpu(policy: PreTrainedModel, dtype: str | None, *, keep: bool = True) -> dict[str, Tensor]:
+    """All weights in `dtype`; tied ones stay one tensor, which is then written once.
+
+    Args:
+        keep: False gathers for another rank what is spread, and returns nothing.
+    """
+    # by the parameters themselves: of a tensor with few rows some ranks hold none, and no place
+    own = {name: id(p) for name, p in policy.named_parameters(remove_duplicate=False)}
     seen: dict[int, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for name, tensor in policy_weights(policy).items():
-        wanted = getattr(torch, dtype) if dtype and tensor.is_floating_point() else tensor.dtype
         place = own.get(name)  # merged weights have none, and are tied to nothing
-        if place not in seen or place is None:
-            weights[name] = tensor.detach().to("cpu", wanted)
+        if place in seen:
+            weights[name] = seen[place]
+            continue
+        gathered = whole(tensor.detach())
+        if not keep:
+            continue
+        wanted = getattr(torch, dtype) if dtype and tensor.is_floating_point() else tensor.dtype
+        weights[name] = gathered.to("cpu", wanted)
         if place is not None:
-            weights[name] = seen.setdefault(place, weights.get(name, tensor))
+            seen[place] = weights[name]
     return weights
+
+
+def _adapter(policy: PreTrainedModel, *, keep: bool = True) -> dict[str, Tensor]:
+    """The adapter's weights whole; none of a plain policy."""
+    if not is_lora(policy):
+        return {}
+    names, state = trained_names(policy), policy.state_dict()
+    gathered = ((name, whole(state[name])) for name in sorted(names))
+    return {name: tensor.cpu() for name, tensor in gathered if keep}
 
 
 def _say_dtype(config: Path, dtype: str) -> None:

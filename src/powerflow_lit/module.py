@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_constant_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from powerflow_lit import ranks
 from powerflow_lit.diverged import DivergedError
 from powerflow_lit.log_z import LogZ, LogZContext
+from powerflow_lit.models import sharding
 from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
 from powerflow_lit.models.checkpointing import without_dropout
 from powerflow_lit.models.errors import ModelError
@@ -21,9 +22,9 @@ from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
 from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
-from powerflow_lit.optimization import adamw
+from powerflow_lit.optimization import adamw, warmed_up
 from powerflow_lit.random_state import random_state, restore_random_state
-from powerflow_lit.types import TokenBatch, TrajectoryBatch
+from powerflow_lit.types import TrajectoryBatch
 
 Objective = Callable[..., LossOutput]
 # of the raw ratios of policy to behaviour, known without its log-probs only where they are all 1
@@ -110,6 +111,7 @@ class PowerFlowModule(L.LightningModule):
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.skipped_steps = self.skipped_in_a_row = 0
         self._skips_this_step = False
+        self._deferred: tuple[sharding.Deferred, ...] = ()  # left after the loss's backward
         self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
 
     @property
@@ -133,8 +135,8 @@ class PowerFlowModule(L.LightningModule):
     @property
     def is_healthy(self) -> bool:
         """Whether a checkpoint of this state is worth keeping: the last update was not skipped,
-        and everything that is trained is finite."""
-        trained = (p for p in self.parameters() if p.requires_grad)
+        and everything that is trained is finite, as far as this rank holds it."""
+        trained = (sharding.part_of(p) for p in self.parameters() if p.requires_grad)
         return self.skipped_in_a_row == 0 and all(bool(p.isfinite().all()) for p in trained)
 
     # --- the method -----------------------------------------------------------------------------
@@ -143,6 +145,7 @@ class PowerFlowModule(L.LightningModule):
         self.step_metrics = {}
         self._skips_this_step = False
         scores = self.policy_scores(batch)  # log pi_theta, with gradient
+        self._deferred = scores.deferred
         inputs = replace(self.loss_inputs(batch, scores.log_prob), token_entropy=scores.entropy)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
         try:
@@ -163,8 +166,11 @@ class PowerFlowModule(L.LightningModule):
     def _no_loss(self) -> Tensor | None:
         """What a skipped step returns; Lightning takes no None from ranks, which wait for each
         other's gradients: theirs are 0, and dropped before the optimizer looks."""
+        self._deferred = ()
         if ranks.world_size() == 1:
             return None
+        if sharding.is_sharded(self.policy):  # no gradient is waited for but those of passes
+            return torch.zeros((), device=self.device, requires_grad=True)
         return sum((0 * p.sum() for p in self.parameters() if p.requires_grad), start=0)  # type: ignore[return-value]
 
     def policy_scores(self, batch: TrajectoryBatch) -> Scores:
@@ -174,19 +180,18 @@ class PowerFlowModule(L.LightningModule):
         tokens, rows = batch.tokens, ranks.share_of_groups(batch.prompt_index)
         scores = response_scores(
             self.policy,
-            tokens if ranks.world_size() == 1 else _own(tokens, rows),
+            tokens if ranks.world_size() == 1 else tokens.rows(rows),
             tokens_per_microbatch=self.tokens_per_microbatch,
             logit_chunk_mb=self.logit_chunk_mb,
             pool=pool,
             entropy_temperature=self.entropy_temperature,
         )
         shape = len(batch.prompt_index), int(tokens.response_lengths.max())
-        entropy = scores.entropy
-        return replace(
-            scores,
-            log_prob=ranks.gather_rows(scores.log_prob, rows, shape),
-            entropy=None if entropy is None else ranks.gather_rows(entropy, rows, shape),
-        )
+        own = {"log_prob": scores.log_prob, "entropy": scores.entropy}
+        every = {
+            n: None if x is None else ranks.gather_rows(x, rows, shape) for n, x in own.items()
+        }
+        return replace(scores, **every)  # type: ignore[arg-type]
 
     def loss_inputs(self, batch: TrajectoryBatch, log_pf: Tensor) -> LossInputs:
         """The objective's inputs, log Z still 0. log_pf (N, T) nats.
@@ -215,16 +220,15 @@ class PowerFlowModule(L.LightningModule):
             return inputs.log_z
         mismatch, weight = self.mismatch_and_weight(inputs)
         if next(self.log_z.parameters(), None) is None:  # a closed form: of all, on each rank
-            return self.log_z(
-                LogZContext(mismatch, weight, inputs.prompt_index, batch.prompt_id, None)
-            )
+            every = inputs.prompt_index, batch.prompt_id
+            return self.log_z(LogZContext(mismatch, weight, *every, None))
         # what is trained takes its gradient from this rank's rows, as the policy does
         rows = ranks.share_of_groups(batch.prompt_index)
         state = scores.prompt_state
         if self.log_z.source == "base":
             assert self.log_z.pool is not None
             with torch.no_grad(), self.frozen.model() as base:
-                state = prompt_states(base, _own(batch.tokens, rows), self.log_z.pool)
+                state = prompt_states(base, batch.tokens.rows(rows), self.log_z.pool)
         own = LogZContext(
             mismatch[rows], weight[rows], inputs.prompt_index[rows], batch.prompt_id[rows], state
         )
@@ -273,6 +277,22 @@ class PowerFlowModule(L.LightningModule):
 
     # --- optimisation ---------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Spread policy and base over the ranks where the strategy has a mesh (`trainer=fsdp`)."""
+        if self.device_mesh is None or sharding.is_sharded(self.policy):
+            return
+        self.trainer.precision_plugin.convert_module(self)  # rounds weights while they are whole
+        sharding.shard(self.policy, self.device_mesh["data_parallel"])
+        self.frozen.shard(self.device_mesh["data_parallel"])
+
+    def backward(self, loss: Tensor, *arguments: Any, **settings: Any) -> None:
+        super().backward(loss, *arguments, **settings)
+        for part in self._deferred:
+            part.backward(self.trainer.precision_plugin.forward_context)
+        self._deferred = ()
+        if self.device_mesh is not None:  # the head is whole on every rank
+            sharding.average_gradients(self.log_z, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> Any:
         policy = [p for p in self.policy.parameters() if p.requires_grad]
         head = list(self.log_z.parameters())
@@ -286,14 +306,9 @@ class PowerFlowModule(L.LightningModule):
             fused=self.fused_optimizer,
             scaled_loss=getattr(plugin, "scaler", None) is not None,
         )
-        warmup = get_constant_schedule_with_warmup(optimizer, self.warmup_steps).lr_lambdas[0]
-        hold = self.log_z.warmup_steps
-        lambdas = [lambda step: 0.0 if step < hold else warmup(step - hold + 1), lambda step: 1.0]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas[: len(groups)])
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        schedule = warmed_up(optimizer, hold=self.log_z.warmup_steps, warmup=self.warmup_steps)
+        schedule_of = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule_of}
 
     def configure_gradient_clipping(
         self,
@@ -305,7 +320,7 @@ class PowerFlowModule(L.LightningModule):
         if self._skips_this_step:  # there was no loss, and so there are no gradients, or of 0
             optimizer.zero_grad(set_to_none=True)
             return
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip)
+        norm = sharding.whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip))
         head_norm = nn.utils.clip_grad_norm_(self.log_z.parameters(), self.log_z_grad_clip)
         self.step_metrics["grad_norm"] = norm
         self.step_metrics["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
@@ -357,6 +372,8 @@ class PowerFlowModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "shards" in checkpoint and self.device_mesh is None:
+            raise ModelError("the checkpoint is spread over ranks: resume it with trainer=fsdp")
         # an adapter's checkpoint is loaded without Lightning's own check of the names
         weights = checkpoint.get("state_dict")
         if weights is not None and (differ := weights.keys() ^ self._checkpoint_names()):
@@ -381,8 +398,3 @@ class PowerFlowModule(L.LightningModule):
         state = getattr(self, "_random_state_to_restore", None)
         if state is not None:
             restore_random_state(state)
-
-
-def _own(tokens: TokenBatch, rows: slice) -> TokenBatch:
-    """Some rows of a batch, cut to their longest."""
-    return tokens.rows(torch.arange(len(tokens.lengths), device=tokens.lengths.device)[rows])

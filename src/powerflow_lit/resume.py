@@ -25,6 +25,7 @@ from powerflow_lit.mendable import MendableError
 from powerflow_lit.models.base import round_weights
 from powerflow_lit.models.lora import add_lora, plain_copy
 from powerflow_lit.precision import HALF
+from powerflow_lit.shard_files import what_is_missing, whole_weights
 
 # what must be the same on resume, and what is said where it differs
 IDENTITY = {
@@ -73,6 +74,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {_first(error)}") from error
     if not isinstance(state, dict) or not {"run", "powerflow", "state_dict"} <= state.keys():
         raise CheckpointError(f"{path} is no checkpoint of powerflow_lit {__version__}")
+    if missing := what_is_missing(path, state):
+        raise CheckpointError(f"{path} is damaged: {missing}")
     return state
 
 
@@ -187,7 +190,10 @@ def load_policy(model: PreTrainedModel, run_dir: Path) -> PreTrainedModel:
     newest = _newest(run_dir)
     if newest is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet")
-    state = newest[1]["state_dict"]
+    try:
+        state = whole_weights(newest[0], newest[1])
+    except Exception as error:  # as of `read_checkpoint`
+        raise CheckpointError(_first(error)) from error
     weights = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     tuned = saved.get("finetune", {})

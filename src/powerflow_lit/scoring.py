@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from powerflow_lit import ranks
 from powerflow_lit.early_scoring import EarlyScores, Row
 from powerflow_lit.models.guard import removed_mass
 from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
+from powerflow_lit.models.sharding import agreed, is_sharded
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, RolloutEngine
 from powerflow_lit.rollout.engine import NonFiniteRolloutError, OnFinished
@@ -98,9 +100,12 @@ class Scorer:
         if gap is None:
             few = trajectories[: self.settings.logp_gap_trajectories]
             ours = self._log_probs(module, module.policy, rows[: len(few)])
-            gap = self._compared(module, engine, few, ours, refill, keep)
+            gap = agreed(
+                module.policy, lambda: self._compared(module, engine, few, ours, refill, keep)
+            )
         else:  # the thread has added to it since it was checked
-            self._refuse_gap(module, engine, gap, refill)
+            found = gap
+            agreed(module.policy, lambda: self._refuse_gap(module, engine, found, refill))
         scored = [replace(t, log_p_base=b) for t, b in zip(trajectories, log_p_base, strict=True)]
         if keep == "none":  # not even those that were compared: a resumed run compares others
             nobody = [torch.full_like(t.log_p_base, torch.nan) for t in scored]
@@ -109,6 +114,8 @@ class Scorer:
         use_engine = keep == "engine" or (
             keep == "auto" and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
         )
+        if is_sharded(module.policy):  # the pass is one of all ranks or of none
+            use_engine = not ranks.greatest(int(not use_engine))
         if not use_engine:
             own = self._log_probs(module, module.policy, rows)
             self._refuse_non_finite(module, own, refill)
@@ -187,10 +194,14 @@ class Scorer:
         """The same over the tokens that the policy, as it is at this refill, allows."""
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         guarded = self._guarded(module, rows)
-        self._refuse_non_finite(module, [g.log_prob_full for g in guarded], refill)
         few = trajectories[: self.settings.logp_gap_trajectories]
         ours = [g.log_prob_full for g in guarded[: len(few)]]
-        gap = self._compared(module, engine, few, ours, refill, keep)
+
+        def compared() -> dict[str, float]:
+            self._refuse_non_finite(module, [g.log_prob_full for g in guarded], refill)
+            return self._compared(module, engine, few, ours, refill, keep)
+
+        gap = agreed(module.policy, compared)
         allowed = [g.allowed for g in guarded]
         with module.frozen.model() as base:
             log_p_base = self._log_probs(module, base, rows, "score", allowed)
@@ -250,14 +261,17 @@ class Scorer:
                 self._report(report, done, len(rows), 0)
 
         batch = TokenBatch.collate(rows, self.pad_id, allowed).to(module.device)
+        alone = not is_sharded(model)  # else a run that is asked to stop may not raise amid passes
         with module.trainer.precision_plugin.forward_context():
             scores = response_scores(
                 model,
                 batch,
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
                 logit_chunk_mb=self.settings.logit_chunk_mb,
-                on_progress=count,
+                on_progress=count if alone else None,
             )
+        if not alone:
+            agreed(model, lambda: count(len(rows)))
         log_prob = scores.log_prob.float().cpu()
         return [row[: len(response)] for row, (_, response) in zip(log_prob, rows, strict=True)]
 

@@ -40,6 +40,7 @@ from powerflow_lit.export import data_notes, export, model_card, push
 from powerflow_lit.health import warnings_of
 from powerflow_lit.interrupt import Stopped, StopSignals, StopWhereSafe
 from powerflow_lit.metrics_csv import MetricsCsv
+from powerflow_lit.models.sharding import is_sharded
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.preflight import Parts, light_parts, ranks_of
@@ -136,14 +137,14 @@ def _run(
         ending["status"] = "finished" if stopped_by is None else "diverged"
         if stopped_by is not None:
             ending["stopped_by"] = stopped_by
-        elif config.callbacks.export and first:
+        elif config.callbacks.export and (first or is_sharded(policy)):
             summary = _summary(config, module, data, evaluation, clock, ending)
             notes = data_notes(data, supervised=config.strategy.supervised)
             card = hidden(model_card(as_dict(config), summary, notes))
             dtype = config.callbacks.export_dtype
             with explained(lambda: how_to_go_on(run_dir)):
                 export(policy, tokenizer, run_dir, dtype=dtype, card=card)
-            ending |= _push(config, run_dir)
+            ending |= _push(config, run_dir) if first else {}
     except DivergedError as error:
         ending |= {"status": "diverged", "stopped_by": str(error)}
         print(f"stopped: {error}")

@@ -40,6 +40,13 @@ class Completion:
     log_probs: tuple[float, ...]
     truncated: bool  # cut at max_new_tokens
 
+    @property
+    def log_p_old(self) -> Tensor:
+        """Its behaviour log-probs, (L,) nats; NaN where nobody asked for them."""
+        if not self.log_probs:
+            return torch.full((len(self.token_ids),), torch.nan)
+        return torch.tensor(self.log_probs)
+
 
 @dataclass(frozen=True)
 class AllowedTokens:
@@ -132,8 +139,11 @@ class TokenBatch:
         """(N,) tokens of prompt and response."""
         return self.prompt_lengths + self.response_lengths
 
-    def rows(self, index: Tensor) -> TokenBatch:
+    def rows(self, chosen: Tensor | slice) -> TokenBatch:
         """The chosen rows, cut to their longest."""
+        index = chosen
+        if isinstance(index, slice):
+            index = torch.arange(len(self.lengths), device=self.lengths.device)[index]
         width = int(self.lengths[index].max())
         return TokenBatch(
             self.input_ids[index, :width],

@@ -8,9 +8,11 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from powerflow_lit.models.lora import adapter_off, is_lora, plain_copy
+from powerflow_lit.models.sharding import shard
 
 
 class FrozenBase(Protocol):
@@ -23,6 +25,10 @@ class FrozenBase(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Move what the base holds beside the policy."""
+        ...
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread what the base holds beside the policy over the ranks (`sharding.shard`)."""
         ...
 
 
@@ -44,6 +50,9 @@ class CopiedBase:
     def to(self, device: torch.device) -> None:
         nn.Module.to(self.copy, device)
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        shard(self.copy, mesh)
+
 
 class AdapterOffBase:
     """The policy itself with its adapter off: no second copy, and no rounding between the two."""
@@ -58,6 +67,9 @@ class AdapterOffBase:
 
     def to(self, device: torch.device) -> None:
         """Nothing: it moves with the policy."""
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Nothing: it is spread with the policy."""
 
 
 def frozen_base(policy: PreTrainedModel, dtype: torch.dtype | None) -> FrozenBase:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from powerflow_lit.models.packed_attention import hidden_states
 from powerflow_lit.models.packing import PackedBatch, pack, packed_microbatches
+from powerflow_lit.models.sharding import in_one_pass, passes_of_all_ranks
 from powerflow_lit.models.z_head import Pool
 from powerflow_lit.types import AllowedTokens, TokenBatch
 
@@ -76,20 +77,24 @@ class PackedPass:
         return hidden[self.packed.predictors], self.packed.targets, prompt_state
 
 
-def forward_passes(
-    model: Any, batch: TokenBatch, tokens_per_microbatch: int
-) -> list[PackedPass] | list[PaddedPass]:
+def forward_passes(model: Any, batch: TokenBatch, tokens_per_microbatch: int) -> list[ForwardPass]:
     """All rows of a batch in passes of no more tokens than the budget.
 
     What a pass costs is the tokens that it holds, so that a budget means the same for both kinds:
     packed ones have no padding, padded ones count it. One sequence over the budget stands alone.
+
+    Of a model that is spread over ranks, all ranks make as many passes: where other ranks need
+    more, the first ones are of no rows, and what they compute counts for nothing.
     """
+    passes: list[ForwardPass]
     if packs(model, int(batch.lengths.max())):
-        return [
-            _packed_pass(batch, rows) for rows in packed_microbatches(batch, tokens_per_microbatch)
-        ]
-    parts = microbatches(batch.lengths, tokens_per_microbatch)
-    return [PaddedPass(part, batch.rows(part)) for part in parts]
+        parts = packed_microbatches(batch, tokens_per_microbatch)
+        passes = [_packed_pass(batch, rows) for rows in parts]
+    else:
+        chosen = microbatches(batch.lengths, tokens_per_microbatch)
+        passes = [PaddedPass(part, batch.rows(part)) for part in chosen]
+    idle = passes_of_all_ranks(model, len(passes)) - len(passes)
+    return [_idle_pass(batch)] * idle + passes
 
 
 def packs(model: Any, longest: int) -> bool:
@@ -121,8 +126,19 @@ def prompt_states(model: Any, batch: TokenBatch, pool: Pool) -> Tensor:
     inside = torch.arange(width, device=batch.input_ids.device) < batch.prompt_lengths[:, None]
     padded = torch.where(inside, batch.input_ids[:, :width], -1)
     distinct, which = padded.unique(dim=0, return_inverse=True)  # (P, width), (N,)
-    hidden = model.base_model(input_ids=distinct.clamp(min=0), use_cache=False).last_hidden_state
-    return _pool_padded(hidden, (distinct >= 0).sum(1), pool)[which]
+    return in_one_pass(model, _prompt_states, model, distinct, pool)[which]
+
+
+def _prompt_states(model: Any, prompts: Tensor, pool: Pool) -> Tensor:
+    """Of distinct prompts (P, width), -1 in the padding: (P, h) float32."""
+    hidden = model.base_model(input_ids=prompts.clamp(min=0), use_cache=False).last_hidden_state
+    return _pool_padded(hidden, (prompts >= 0).sum(1), pool)
+
+
+def _idle_pass(batch: TokenBatch) -> PaddedPass:
+    """A pass over the shortest row that stands for no row."""
+    shortest = batch.lengths.argmin()[None]
+    return PaddedPass(shortest[:0], batch.rows(shortest))
 
 
 def _packed_pass(batch: TokenBatch, rows: list[int]) -> PackedPass:

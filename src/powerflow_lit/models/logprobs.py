@@ -20,6 +20,7 @@ from powerflow_lit.models.linear_log_prob import (
     linear_statistics,
     row_chunks,
 )
+from powerflow_lit.models.sharding import Deferred, in_one_pass, is_sharded
 from powerflow_lit.models.z_head import Pool
 from powerflow_lit.types import AllowedTokens, TokenBatch
 
@@ -32,6 +33,7 @@ class Scores:
     prompt_state: Tensor | None  # (N, h) pooled hidden states of the prompt, if asked for
     entropy: Tensor | None = None  # (N, T) float32, nats, if asked for; as log_prob
     certainty: Tensor | None = None  # the same
+    deferred: tuple[Deferred, ...] = ()  # what is left to do after the loss's backward pass
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,12 @@ def response_scores(
 
     With more than one microbatch under gradient, all but the last are computed again in the
     backward pass, so that any loss over all N trajectories (group closed forms included) has the
-    gradient of the whole batch at the memory of one microbatch.
+    gradient of the whole batch at the memory of one microbatch. Of a model that is spread over
+    ranks they are computed again after it, see `Deferred`.
     """
     passes = forward_passes(model, batch, tokens_per_microbatch)
     width = int(batch.response_lengths.max())
-    score = partial(
+    of_pass = partial(
         _scores,
         model,
         pool=pool,
@@ -109,24 +112,33 @@ def response_scores(
         entropy_temperature=entropy_temperature,
         certainty=certainty,
     )
-    pieces, states = [], []
+    score = partial(in_one_pass, model, of_pass)
+    pieces: list[Any] = []
+    states: list[Any] = []
+    deferred: list[Deferred] = []
     for part in passes:
         # backward begins with the last: its activations may stay, they are gone before the others'
-        if torch.is_grad_enabled() and part is not passes[-1]:
-            ragged, state = checkpoint(
+        if not torch.is_grad_enabled() or part is passes[-1]:
+            state, *ragged = score(part)
+        elif is_sharded(model):
+            deferred.append(later := Deferred.of(partial(score, part)))
+            state, *ragged = later.outputs
+        else:
+            state, *ragged = checkpoint(
                 score,
                 part,
                 use_reentrant=False,
                 preserve_rng_state=False,  # it draws nothing
             )
-        else:
-            ragged, state = score(part)
+        if not len(part.rows):
+            continue
         lengths = batch.response_lengths[part.rows]
         mask = torch.arange(width, device=lengths.device) < lengths[:, None]
         pieces.append(
             [
                 values.new_zeros(len(lengths), width).masked_scatter(mask, values)
                 for values in ragged
+                if values is not None
             ]
         )
         states.append(state)
@@ -136,7 +148,8 @@ def response_scores(
     log_prob, *others = (torch.cat(values)[back] for values in zip(*pieces, strict=True))
     entropy = others.pop(0) if entropy_temperature is not None else None
     found = others.pop(0) if certainty else None
-    return Scores(log_prob, None if pool is None else torch.cat(states)[back], entropy, found)
+    pooled = None if pool is None else torch.cat(states)[back]
+    return Scores(log_prob, pooled, entropy, found, tuple(deferred))
 
 
 @torch.no_grad()
@@ -149,19 +162,12 @@ def guarded_responses(
     logit_chunk_mb: float,
 ) -> list[GuardedResponse]:
     """What min-p allows at each response token under the model: N records, on the CPU."""
-    output = OutputLayer.of(model)
-    shape, dtype = LogitShape(output.scale, output.soft_cap, 1.0), compute_dtype(output.weight)
+    guarded = partial(_guarded, model, min_p=min_p, logit_chunk_mb=logit_chunk_mb)
     found: dict[int, GuardedResponse] = {}
     for part in forward_passes(model, batch, tokens_per_microbatch):
-        hidden, targets, _ = part.states(model, None)
-        chunks = []
-        for chunk in row_chunks(len(hidden), output.rows_per_chunk(logit_chunk_mb)):
-            logits = shape.logits(hidden[chunk], output.weight, output.bias, dtype)
-            chunks.append(_guarded_chunk(logits, targets[chunk], min_p))
-            del logits  # before the next chunk's
-        fulls, restricteds, sets = zip(*chunks, strict=True)
-        full, restricted = torch.cat(fulls), torch.cat(restricteds)
-        allowed = AllowedTokens.cat(sets)
+        full, restricted, allowed = in_one_pass(model, guarded, part)
+        if not len(part.rows):
+            continue
         places = batch.response_lengths[part.rows].tolist()
         pieces = zip(
             full.split(places), restricted.split(places), allowed.split(places), strict=True
@@ -170,6 +176,22 @@ def guarded_responses(
             inside = inside.to(torch.device("cpu"))
             found[row] = GuardedResponse(full_row.cpu(), over_allowed.cpu(), inside)
     return [found[row] for row in range(len(found))]
+
+
+def _guarded(
+    model: Any, part: ForwardPass, *, min_p: float, logit_chunk_mb: float
+) -> tuple[Tensor, Tensor, AllowedTokens]:
+    """Log-probs over everything and over what is allowed, (R,) each, and what is allowed."""
+    hidden, targets, _ = part.states(model, None)
+    output = OutputLayer.of(model)
+    shape, dtype = LogitShape(output.scale, output.soft_cap, 1.0), compute_dtype(output.weight)
+    chunks = []
+    for chunk in row_chunks(len(hidden), output.rows_per_chunk(logit_chunk_mb)):
+        logits = shape.logits(hidden[chunk], output.weight, output.bias, dtype)
+        chunks.append(_guarded_chunk(logits, targets[chunk], min_p))
+        del logits  # before the next chunk's
+    fulls, restricteds, sets = zip(*chunks, strict=True)
+    return torch.cat(fulls), torch.cat(restricteds), AllowedTokens.cat(sets)
 
 
 def _guarded_chunk(
@@ -190,9 +212,9 @@ def _scores(
     logit_chunk_mb: float,
     entropy_temperature: float | None,
     certainty: bool,
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Log-probs of all response tokens in a row (R,), then entropies and certainties where they
-    are asked for, and prompt states (n, h)."""
+) -> tuple[Tensor | None, ...]:
+    """Prompt states (n, h), log-probs of all response tokens in a row (R,), then entropies and
+    certainties where they are asked for."""
     states, targets, prompt_state = part.states(model, pool)
     output = OutputLayer.of(model)
     found = linear_statistics(
@@ -209,4 +231,4 @@ def _scores(
         certainty=certainty,
     )
     asked = (found.log_prob, found.entropy, found.certainty)
-    return tuple(values for values in asked if values is not None), prompt_state
+    return prompt_state, *(values for values in asked if values is not None)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from powerflow_lit.models.errors import ModelError
+from powerflow_lit.models.sharding import is_sharded, part_of
 
 ADAPTER = "default"  # peft's name of the one adapter
 
@@ -100,29 +101,32 @@ class PlainWeights(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module) -> None:
         adapted = lora_layers(model)
         self._layers: dict[str, Any] = {}
-        self._weights: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}  # W of an adapted layer
         for name, tensor in model.state_dict().items():
             owner, base_layer, leaf = name.rpartition(".base_layer.")
             if base_layer and owner in adapted:
-                self._weights[f"{owner}.{leaf}"] = tensor
+                self.tensors[f"{owner}.{leaf}"] = tensor
                 if leaf == "weight":
                     self._layers[f"{owner}.{leaf}"] = adapted[owner]
             elif ".lora_" not in name:
-                self._weights[name] = tensor
+                self.tensors[name] = tensor
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        weight = self._weights[name]
+        weight = self.tensors[name]
         layer = self._layers.get(name)
         if layer is None:
             return weight
         return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # a Mapping's own would make the sum
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self.tensors)
 
 
 def policy_weights(model: nn.Module) -> Mapping[str, Tensor]:
@@ -131,7 +135,12 @@ def policy_weights(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy without adapter, in evaluation mode; an adapter's part is in its weights."""
+    """A frozen copy without adapter, in evaluation mode; an adapter's part is in its weights.
+
+    Of a model that is spread over ranks it is the same architecture whole, its weights random.
+    """
+    if is_sharded(model):
+        return _unspread(model)
     copied = copy.deepcopy(model)
     for name, layer in lora_layers(copied).items():
         plain = layer.get_base_layer()
@@ -143,6 +152,20 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
         copied._hf_peft_config_loaded = False
         del copied.peft_config
     return copied.eval().requires_grad_(False)
+
+
+def _unspread(model: PreTrainedModel) -> PreTrainedModel:
+    """A whole model of the same architecture, type and device, without adapter."""
+    with torch.random.fork_rng(devices=[]):
+        made = type(model)(copy.deepcopy(model.config))  # FSDP's classes make the original's
+    names = dict(made.named_parameters())
+    for name, tensor in PlainWeights(model).tensors.items():
+        if name in names:
+            names[name].data = names[name].data.to(part_of(tensor).device, tensor.dtype)
+    nn.Module.to(made, model.device)  # buffers
+    if hasattr(model, "packed_span"):
+        made.packed_span = model.packed_span
+    return made.eval().requires_grad_(False)
 
 
 def trained_names(model: nn.Module) -> set[str]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from powerflow_lit.diverged import DivergedError
 from powerflow_lit.mendable import MendableError
+from powerflow_lit.models.sharding import all_finite, whole
 from powerflow_lit.types import Completion, Sampling
 
 # Samples of one prompt take seeds s, s+1, ...: prompts must be further apart than that.
@@ -76,6 +77,9 @@ class RolloutEngine(Protocol):
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         """Replace all weights. `weights` is the policy's whole state dict.
 
+        Of a policy that is spread over ranks these are parts: all ranks sync together, and each
+        tensor is made `whole` as it is needed, one after the other.
+
         Raises:
             EngineError: a name is missing or unknown.
             NonFiniteWeightsError: a tensor is not finite.
@@ -140,8 +144,8 @@ def check_weights(weights: Mapping[str, Tensor], expected: set[str]) -> None:
     if unknown := weights.keys() - expected:
         raise EngineError(f"sync refused: {len(unknown)} unknown weights, e.g. {min(unknown)}")
     for name, tensor in weights.items():
-        if not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite()).sum())
+        if not all_finite([tensor]):
+            bad = int((~whole(tensor).isfinite()).sum())
             raise NonFiniteWeightsError(
                 f"sync refused: {name} holds NaN or infinity at {bad} of {tensor.numel()} places: "
                 "the policy has diverged; try a lower optimizer.lr"

@@ -21,6 +21,7 @@ from transformers import (
 
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import plain_copy
+from powerflow_lit.models.sharding import whole
 from powerflow_lit.rollout.engine import (
     SEED_STRIDE,
     EngineError,
@@ -94,9 +95,12 @@ class HfEngine:
         self._logit_chunk_mb = logit_chunk_mb
         self.policy_version = -1
 
+    @torch.no_grad()
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
-        check_weights(weights, set(self._model.state_dict()))
-        self._model.load_state_dict(weights)
+        own = self._model.state_dict()
+        check_weights(weights, set(own))
+        for name, tensor in weights.items():
+            own[name].copy_(whole(tensor))
         self.policy_version = policy_version
 
     @torch.no_grad()

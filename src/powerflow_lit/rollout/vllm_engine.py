@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from powerflow_lit.models.lora import policy_weights
+from powerflow_lit.models.sharding import whole
 from powerflow_lit.rollout.engine import (
     SEED_STRIDE,
     EngineError,
@@ -155,7 +156,8 @@ class VllmEngine:
         check_weights(weights, self._weight_names)
         with trainer_state_kept():
             sent = {name: t.detach() for name, t in weights.items() if name not in self._unsent}
-            iterator = iter(as_in_files(self._policy, sent).items())
+            named = as_in_files(self._policy, sent).items()
+            iterator = ((name, whole(tensor)) for name, tensor in named)
             # room for the weights first: the trainer's caches may fill the rest
             if self._is_asleep:
                 self._llm.wake_up(tags=["weights"])
