@@ -14,6 +14,7 @@ def check_combinations(config: TrainConfig) -> None:
     """What strategy, log Z, alpha and the sizes of a refill ask of each other."""
     _check_updates(config)
     _check_log_p_old(config)
+    _check_tensor_parallel(config)
     precision = config.trainer.get("precision")
     require(
         not (config.optimizer.fused and str(precision) in SCALED_LOSS),
@@ -113,6 +114,27 @@ def _check_log_p_old(config: TrainConfig) -> None:
         not overlap or config.guard.min_p == 0,
         f"guard.min_p={config.guard.min_p} with rollout.overlap=true: what the guard allows is "
         "found by the trainer, whose weights have moved on: take guard=none or overlap=false",
+    )
+
+
+def _check_tensor_parallel(config: TrainConfig) -> None:
+    """Ranks that hold one engine together are neighbours in one machine, and work at one time."""
+    sharing = config.rollout.engine.get("tensor_parallel", 1)
+    require(
+        isinstance(sharing, int) and not isinstance(sharing, bool) and sharing >= 1,
+        f"rollout.engine.tensor_parallel={sharing}: must be a whole number, 1 or more",
+    )
+    devices = config.trainer.get("devices", "auto")
+    here = len(devices) if isinstance(devices, list) else devices
+    require(
+        not isinstance(here, int) or here < 1 or here % sharing == 0,
+        f"rollout.engine.tensor_parallel={sharing} with trainer.devices={devices}: the devices of "
+        "a machine must divide into groups that share an engine",
+    )
+    require(
+        sharing == 1 or not config.rollout.overlap,
+        f"rollout.engine.tensor_parallel={sharing} with rollout.overlap=true: the ranks of an "
+        "engine sample at one time, between updates: set one of them back",
     )
 
 

@@ -100,6 +100,16 @@ class RolloutEngine(Protocol):
         ...
 
 
+def refuse_ranks(size: int, world: int) -> None:
+    """Raises EngineError where so many ranks do not divide into groups of `size`."""
+    if world % size:
+        raise EngineError(
+            f"rollout.engine.tensor_parallel={size}: {world} rank{'s' * (world > 1)} of the "
+            "trainer cannot be divided into groups that share an engine: take a divisor of "
+            "trainer.devices"
+        )
+
+
 def check_weights(weights: Mapping[str, Tensor], expected: set[str]) -> None:
     """Refuse a partial or non-finite set of weights before any of it reaches an engine.
 
