@@ -29,8 +29,8 @@ def test_it_sleeps_between_refills_and_answers_as_before() -> None:
     spec = EngineSpec(policy, str(folder_of("tiny")), pad_id=0, eos_ids=(2,), max_model_len=64,
                       seed=0, trust_remote_code=False)  # fmt: skip
     engine = VllmEngine(spec, dtype="float32", max_num_seqs=64, kv_cache_gb=1,
-                        gpu_memory_utilization=0.3, enforce_eager=True, sleep=True, tensor_parallel=1,
-                        extra={})  # fmt: skip
+                        gpu_memory_utilization=0.3, enforce_eager=True, sleep=True,
+                        tensor_parallel=1, extra={})  # fmt: skip
     try:
         sampling = Sampling(4, 24, temperature=0.0)
         engine.sync(policy_weights(policy), 1)
