@@ -14,14 +14,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 PINS := -c requirements/cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu demo doctor test test-slow test-faults check lint type format pretrain experiments \
+.PHONY: help install install-gpu demo doctor test test-slow test-faults test-gpu check lint type format pretrain experiments \
 	bench install-bench bench-logprob clean distclean venv setup-cpu setup-gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables, as in make demo ARGS='task=creative':"
-	@echo "  ARGS         what the command of demo, doctor, test, test-slow, test-faults or pretrain is given"
+	@echo "  ARGS         what the command of demo, doctor, test, test-slow, test-faults, test-gpu or pretrain is given"
 	@echo "  PYTHON       interpreter, 3.11 or newer, to make the environment with ($(PYTHON))"
 	@echo "  VENV         the environment's folder ($(VENV))"
 	@echo "  TORCH_INDEX  address of PyTorch's index of CPU wheels; without it Linux takes the"
@@ -47,6 +47,9 @@ test-slow: $(STAMP) ## the slow tests: rivals trained in full, memory at a large
 
 test-faults: $(STAMP) ## runs that are killed, starved and misled (docs/reliability.md)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m faults $(ARGS)
+
+test-gpu: $(STAMP) ## what needs one GPU or two: sleep, tensor parallel, transfer of weights (never run by us)
+	$(BIN)/python -m pytest -n 0 -q -m gpu tests/gpu $(ARGS)
 
 check: lint type test ## lint, type and test
 

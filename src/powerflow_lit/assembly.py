@@ -47,6 +47,7 @@ from powerflow_lit.preflight import ranks_of
 from powerflow_lit.rewarding import RewardSettings
 from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.engine import EngineSpec
+from powerflow_lit.rollout.shared_engine import SharedEngine, engine_group
 from powerflow_lit.samplers import Decoding, EvaluationSettings
 from powerflow_lit.scoring import RolloutSettings
 from powerflow_lit.tasks.base import Task
@@ -116,8 +117,10 @@ def build_engine(
         seed=seed,
         trust_remote_code=model.trust_remote_code,
     )
+    sharing = int(engine.get("tensor_parallel", 1))
     with not_searched():  # vLLM imports as much again
-        return instantiate(engine)(spec)
+        built: RolloutEngine = instantiate(engine)(spec)
+        return built if sharing == 1 else SharedEngine(built, engine_group(sharing))
 
 
 def build_module(

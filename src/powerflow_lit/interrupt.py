@@ -64,9 +64,15 @@ class StopSignals:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        # whoever started the run may have an answer of its own, as submitit requeues the job: now
+        # that all is saved it is its turn
+        if kind is Stopped and self.requested is not None and not getattr(error, "at_once", False):
+            before = self._previous.get(self.requested)
+            if callable(before) and before is not signal.default_int_handler:
+                signal.raise_signal(self.requested)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from powerflow_lit.continuing import refuse_another_run
 from powerflow_lit.errors import is_refusal, line_of, root_cause
 from powerflow_lit.mendable import MendableError
 from powerflow_lit.models.errors import no_chat_template, unknown_words
-from powerflow_lit.models.folders import context_of, has_chat_template, resolve_path
+from powerflow_lit.models.folders import context_of, divides_heads, has_chat_template, resolve_path
 from powerflow_lit.wandb_login import missing_login
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def check_here(config: TrainConfig) -> None:
     if config.model.prompt_route == "chat" and folder.is_dir() and not has_chat_template(folder):
         raise no_chat_template()
     rollout = config.rollout
+    sharing = int(rollout.engine.get("tensor_parallel", 1))
+    require(
+        sharing == 1 or not folder.is_dir() or divides_heads(folder, sharing),
+        f"rollout.engine.tensor_parallel={sharing}: the attention heads of {config.model.path} "
+        "cannot be divided among so many ranks: take a divisor of their number",
+    )
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     require(
         context is None or longest <= context,

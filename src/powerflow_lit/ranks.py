@@ -112,7 +112,7 @@ def gathered(work: Callable[[], T]) -> list[T]:
         if not isinstance(raised, Exception | SystemExit) or getattr(raised, "at_once", False):
             raise  # nobody wants to wait for the others
         error = raised
-    answers = gather((value, None if error is None else _portable(error)))
+    answers = gather((value, None if error is None else portable(error)))
     for number, (_, failed) in enumerate(answers):
         if failed is not None:
             raise _named(failed, number) from error
@@ -147,7 +147,7 @@ def _group() -> Any:
     return _beside["group"]
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error itself where the others can read it."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -89,7 +89,8 @@ def engine_life(when: str, check_group: Callable[[], None]) -> None:
     before = state()
     engine = VllmEngine(
         spec, dtype="float32", max_num_seqs=64, kv_cache_gb=1, gpu_memory_utilization=0.3,
-        enforce_eager=True, sleep=False, extra={},
+        enforce_eager=True, sleep=False, tensor_parallel=1,
+        extra={},
     )  # fmt: skip
     # vLLM's own settings are meant to stay
     ours = ("environment VLLM_",)

@@ -30,7 +30,7 @@ def test_it_sleeps_between_refills_and_answers_as_before() -> None:
                       seed=0, trust_remote_code=False)  # fmt: skip
     engine = VllmEngine(spec, dtype="float32", max_num_seqs=64, kv_cache_gb=1,
                         gpu_memory_utilization=0.3, enforce_eager=True, sleep=True,
-                        extra={})  # fmt: skip
+                        tensor_parallel=1, extra={})  # fmt: skip
     try:
         sampling = Sampling(4, 24, temperature=0.0)
         engine.sync(policy_weights(policy), 1)

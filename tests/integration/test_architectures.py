@@ -41,7 +41,8 @@ def engine_of(policy: PreTrainedModel, folder: Path, pad_id: int, eos_id: int) -
     )  # fmt: skip
     return VllmEngine(
         spec, dtype="float32", max_num_seqs=32, kv_cache_gb=1, gpu_memory_utilization=0.3,
-        enforce_eager=True, sleep=False, extra={},
+        enforce_eager=True, sleep=False, tensor_parallel=1,
+        extra={},
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def vllm_engine(policy: PreTrainedModel, path: Path | str) -> RolloutEngine:
 
     return VllmEngine(
         spec(policy, path), dtype="float32", max_num_seqs=64, kv_cache_gb=1,
-        gpu_memory_utilization=0.3, enforce_eager=True, sleep=False, extra={},
+        gpu_memory_utilization=0.3, enforce_eager=True, sleep=False, tensor_parallel=1,
+        extra={},
     )  # fmt: skip
 
 

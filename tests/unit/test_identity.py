@@ -18,7 +18,7 @@ def key(*overrides: str) -> str:
     "same",
     ["run_dir=elsewhere", "study=other", "logger=none", "alpha=4", "model.threads=2",
      "callbacks.export=false", "callbacks.push_to_hub=a/b", "model.gradient_checkpointing=true",
-     "model.memory_check=false", "tokens_per_microbatch=512"],
+     "model.memory_check=false", "tokens_per_microbatch=512", "device=h100"],
 )  # fmt: skip
 def test_what_changes_no_result_leaves_the_job_the_same(same: str) -> None:
     assert key(same) == key("alpha=4.0")

@@ -19,6 +19,7 @@ def check_combinations(config: TrainConfig) -> None:
     _check_log_p_old(config)
     _check_reward(config)
     _check_full_vocabulary(config)
+    _check_tensor_parallel(config)
     precision = config.trainer.get("precision")
     require(
         not (config.optimizer.fused and str(precision) in SCALED_LOSS),
@@ -137,6 +138,13 @@ def _check_log_p_old(config: TrainConfig) -> None:
         f"guard.min_p={config.guard.min_p} with rollout.score_while_generating=true: what the base "
         "may count is known when the policy has scored all of a refill: set one of them off",
     )
+    strategy = config.trainer.get("strategy")
+    sharded = isinstance(strategy, Mapping) and "FullySharded" in str(strategy.get("_target_"))
+    require(
+        not early or not sharded,
+        "rollout.score_while_generating=true with trainer=fsdp: ranks make every pass together, "
+        "and their prompts finish at different times: take trainer=ddp or set it to false",
+    )
 
 
 def _check_reward(config: TrainConfig) -> None:
@@ -194,6 +202,27 @@ def _check_full_vocabulary(config: TrainConfig) -> None:
         "entropy_temperature" not in strategy.objective or strategy.format_penalty == 0,
         f"strategy.format_penalty={strategy.format_penalty} with strategy={strategy.name}: an "
         "entropy has no place for a penalty: set it to 0",
+    )
+
+
+def _check_tensor_parallel(config: TrainConfig) -> None:
+    """Ranks that hold one engine together are neighbours in one machine, and work at one time."""
+    sharing = config.rollout.engine.get("tensor_parallel", 1)
+    require(
+        isinstance(sharing, int) and not isinstance(sharing, bool) and sharing >= 1,
+        f"rollout.engine.tensor_parallel={sharing}: must be a whole number, 1 or more",
+    )
+    devices = config.trainer.get("devices", "auto")
+    here = len(devices) if isinstance(devices, list) else devices
+    require(
+        not isinstance(here, int) or here < 1 or here % sharing == 0,
+        f"rollout.engine.tensor_parallel={sharing} with trainer.devices={devices}: the devices of "
+        "a machine must divide into groups that share an engine",
+    )
+    require(
+        sharing == 1 or not config.rollout.overlap,
+        f"rollout.engine.tensor_parallel={sharing} with rollout.overlap=true: the ranks of an "
+        "engine sample at one time, between updates: set one of them back",
     )
 
 

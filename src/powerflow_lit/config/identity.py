@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 # what may differ between a run and its continuation
 NOT_IDENTITY = (
     "run_dir", "resume", "resume_force", "study", "logger", "callbacks", "logit_chunk_mb",
+    "device",
 )  # fmt: skip
 # a sweep's job is also known by how it is evaluated
 NOT_JOB_IDENTITY = (
     "run_dir", "resume", "resume_force", "study", "logger", "hydra",
-    "tokens_per_microbatch", "logit_chunk_mb",
+    "tokens_per_microbatch", "logit_chunk_mb", "device",
 )  # fmt: skip
 # neither does any of these change a result beyond rounding
 NOT_JOB_IDENTITY_BELOW = {

@@ -12,6 +12,7 @@ from powerflow_lit.config.engines import check_engine_values
 from powerflow_lit.config.rules import ConfigError, at_least, one_of, positive, require
 from powerflow_lit.config.schema import (
     DecodingConfig,
+    DeviceConfig,
     EvaluateConfig,
     FinetuneConfig,
     LoggerConfig,
@@ -93,6 +94,7 @@ def check_train_ranges(config: TrainConfig) -> None:
     _check_log_z(config.log_z)
     _check_schedule(config.alpha_schedule)
     _check_trainer(config.trainer)
+    _check_device(config.device)
     _check_logger(config.logger)
 
 
@@ -313,6 +315,21 @@ def _check_trainer(node: Mapping[str, Any]) -> None:
         or (isinstance(devices, list | str) and len(devices) > 0 and devices != "all"),
         f"trainer.devices={devices}: must be 1 or more, -1 or auto for all, or a list",
     )  # fmt: skip
+
+
+def _check_device(device: DeviceConfig) -> None:
+    """A device that is planned for."""
+    numbers = {f"device.{name}": value for name, value in vars(device).items() if name != "name"}
+    positive({n: v for n, v in numbers.items() if v is not None and n != "device.reserved_gib"})
+    at_least(0, {"device.reserved_gib": device.reserved_gib})
+    for name in ("compute_share", "memory_share", "link_share"):
+        share = getattr(device, name)
+        require(share <= 1, f"device.{name}={share}: must lie in (0, 1], a share of the peak")
+    memory = device.memory_gib
+    require(
+        memory is None or device.reserved_gib < memory,
+        f"device.reserved_gib={device.reserved_gib}: must be less than device.memory_gib={memory}",
+    )
 
 
 def _check_logger(logger: LoggerConfig) -> None:

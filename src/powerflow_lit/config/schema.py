@@ -192,6 +192,24 @@ class LoggerConfig:
 
 
 @dataclass
+class DeviceConfig:
+    """What a run is planned for, `conf/device/`."""
+
+    name: str | None = MISSING
+    memory_gib: float | None = MISSING
+    reserved_gib: float = MISSING
+    tflops_16: float | None = MISSING
+    tflops_32: float | None = MISSING
+    memory_gb_s: float | None = MISSING
+    link_gb_s: float | None = MISSING
+    network_gb_s: float | None = MISSING
+    compute_share: float = MISSING
+    memory_share: float = MISSING
+    link_share: float = MISSING
+    decode_step_ms: float = MISSING
+
+
+@dataclass
 class TrainConfig:
     """`conf/train.yaml` with its groups. Nodes with a `_target_` are checked when built."""
 
@@ -206,6 +224,7 @@ class TrainConfig:
     buffer: BufferConfig = field(default_factory=BufferConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: dict[str, Any] = MISSING
+    device: DeviceConfig = field(default_factory=DeviceConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

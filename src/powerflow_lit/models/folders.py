@@ -42,13 +42,7 @@ def context_of(folder: Path) -> int | None:
     Raises:
         ModelError: the file is no JSON object.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, Mapping):
-        raise ModelError(f"{folder / 'config.json'}: holds no JSON object")
-    text: Mapping[str, Any] = config.get("text_config") or config
+    text = _text_config(folder)
     longest = text.get("max_position_embeddings")
     if not isinstance(longest, int):
         return None
@@ -57,6 +51,33 @@ def context_of(folder: Path) -> int | None:
     if kind in STRETCHED or not isinstance(factor, int | float):
         return longest
     return max(longest, int((scaling.get("original_max_position_embeddings") or longest) * factor))
+
+
+def divides_heads(folder: Path, parts: int) -> bool:
+    """Whether attention can be cut into so many parts, as vLLM cuts it; yes where it is not said.
+
+    Query heads are divided; key heads too, or copied where there are more parts than heads.
+
+    Raises:
+        ModelError: the folder's config.json is no JSON object.
+    """
+    text = _text_config(folder)
+    heads = text.get("num_attention_heads")
+    key_heads = text.get("num_key_value_heads") or heads
+    if not isinstance(heads, int) or not isinstance(key_heads, int):
+        return True
+    return heads % parts == 0 and (key_heads % parts == 0 or parts % key_heads == 0)
+
+
+def _text_config(folder: Path) -> Mapping[str, Any]:
+    """What config.json says of the language model."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, Mapping):
+        raise ModelError(f"{folder / 'config.json'}: holds no JSON object")
+    return config.get("text_config") or config
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -150,3 +150,13 @@ def check_weights(weights: Mapping[str, Tensor], expected: set[str]) -> None:
                 f"sync refused: {name} holds NaN or infinity at {bad} of {tensor.numel()} places: "
                 "the policy has diverged; try a lower optimizer.lr"
             )
+
+
+def refuse_ranks(size: int, world: int) -> None:
+    """Raises EngineError where so many ranks do not divide into groups of `size`."""
+    if world % size:
+        raise EngineError(
+            f"rollout.engine.tensor_parallel={size}: {world} rank{'s' * (world > 1)} of the "
+            "trainer cannot be divided into groups that share an engine: take a divisor of "
+            "trainer.devices"
+        )

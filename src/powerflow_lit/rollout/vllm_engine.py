@@ -21,6 +21,7 @@ from powerflow_lit.rollout.engine import (
     NonFiniteRolloutError,
     OnFinished,
     check_weights,
+    refuse_ranks,
 )
 from powerflow_lit.rollout.host_state import classes_kept, group_kept, trainer_state_kept
 from powerflow_lit.types import Completion, Sampling
@@ -72,6 +73,8 @@ class VllmEngine:
         kv_cache_gb: key-value cache on the CPU, GB; on a GPU `gpu_memory_utilization` counts.
         enforce_eager: no compilation or CUDA graphs.
         sleep: on a GPU, give the engine's memory to the trainer while it makes updates.
+        tensor_parallel: ranks of the trainer, neighbours, that hold one engine's weights in parts;
+            they must build, sync and ask it together (`shared_engine`).
         extra: further `vllm.LLM` arguments.
 
     Raises:
@@ -90,6 +93,7 @@ class VllmEngine:
         gpu_memory_utilization: float,
         enforce_eager: bool,
         sleep: bool,
+        tensor_parallel: int,
         extra: Mapping[str, Any],
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
@@ -109,6 +113,7 @@ class VllmEngine:
             "trust_remote_code": spec.trust_remote_code,
             "disable_log_stats": True,
             "generation_config": "vllm",
+            **_launcher(tensor_parallel),
             **extra,
         }
         self._sleeps = sleep and torch.cuda.is_available()
@@ -125,6 +130,7 @@ class VllmEngine:
         self.dtype = dtype
         self._group = dist.group.WORLD if dist.is_initialized() else None
         with trainer_state_kept():
+            os.environ.update(_place())
             try:
                 import vllm
             except ImportError as error:
@@ -326,6 +332,30 @@ class VllmEngine:
                 finite = self._logits.take()
         if not finite:
             raise NonFiniteRolloutError("some of the next tokens' logits are NaN or infinite")
+
+
+def _launcher(tensor_parallel: int) -> dict[str, Any]:
+    """Arguments of an engine within one rank of several: its processes are the trainer's own.
+
+    One for itself alone is on the device of its rank; by default vLLM would take the first one.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    refuse_ranks(tensor_parallel, ranks)
+    if ranks == 1 or (tensor_parallel == 1 and not torch.cuda.is_available()):
+        return {}
+    return {
+        "tensor_parallel_size": tensor_parallel,
+        "distributed_executor_backend": "external_launcher",
+    }
+
+
+def _place() -> dict[str, str]:
+    """What the external launcher reads of the environment; the group is the trainer's."""
+    if not dist.is_initialized():
+        return {}
+    on_gpu = torch.cuda.is_available()
+    local = torch.cuda.current_device() if on_gpu else dist.get_rank()
+    return {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(local)}
 
 
 def _why(error: Exception, spec: EngineSpec) -> str:
