@@ -224,7 +224,7 @@ def _on_cpu(policy: PreTrainedModel, dtype: str | None, *, keep: bool = True) ->
     """All weights in `dtype`; tied ones stay one tensor, which is then written once.
 
     Args:
-        keep: False gathers for another rank what is spread, and returns nothing.
+        keep: False gathers for another rank what is spread, and keeps no row of it.
     """
     # by the parameters themselves: of a tensor with few rows some ranks hold none, and no place
     own = {name: id(p) for name, p in policy.named_parameters(remove_duplicate=False)}
@@ -232,14 +232,12 @@ def _on_cpu(policy: PreTrainedModel, dtype: str | None, *, keep: bool = True) ->
     weights: dict[str, Tensor] = {}
     for name, tensor in policy_weights(policy).items():
         place = own.get(name)  # merged weights have none, and are tied to nothing
-        if place in seen:
+        if place is not None and place in seen:
             weights[name] = seen[place]
             continue
         gathered = whole(tensor.detach())
-        if not keep:
-            continue
         wanted = getattr(torch, dtype) if dtype and tensor.is_floating_point() else tensor.dtype
-        weights[name] = gathered.to("cpu", wanted)
+        weights[name] = gathered.to("cpu", wanted) if keep else gathered[:0].clone()
         if place is not None:
             seen[place] = weights[name]
     return weights

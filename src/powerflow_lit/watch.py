@@ -59,7 +59,9 @@ class Watch:
         self._take_over()
         several = self.lost is not None or (dist.is_initialized() and dist.get_world_size() > 1)
         if isinstance(error, RuntimeError) and several and GONE.search(str(error)):
-            raise LostRankError(self._said(self.lost or "another rank has ended")) from error
+            said = str(error).strip().partition("\n")[0]
+            lost = self.lost or f"another rank has ended, or does not answer ({said})"
+            raise LostRankError(self._said(lost)) from error
 
     def check(self) -> None:
         """Raises LostRankError if a rank is gone."""

@@ -10,21 +10,33 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from powerflow_lit import ranks
+from powerflow_lit.checkpoints import link
+from powerflow_lit.config.rules import ConfigError
+from powerflow_lit.export import export
 from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
 from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.loading import load_model
-from powerflow_lit.models.logprobs import Scores, response_scores
-from powerflow_lit.models.lora import LoraSettings, add_lora
+from powerflow_lit.models.logprobs import Scores, guarded_responses, response_scores
+from powerflow_lit.models.lora import LoraSettings, add_lora, plain_copy, policy_weights
 from powerflow_lit.models.probes import allow_packing
 from powerflow_lit.models.sharding import shard, whole
 from powerflow_lit.optimization import adamw
+from powerflow_lit.rollout.engine import check_weights
+from powerflow_lit.shard_files import (
+    file_of,
+    read_part,
+    remove_unused,
+    what_is_missing,
+    whole_weights,
+)
 from powerflow_lit.types import TokenBatch
 from tests.tiny_models import Kind, make_tiny_model
 from tests.two_ranks import on_ranks
+from tests.unit.test_config import checked
 from tests.unit.test_packing import RAGGED, batch_of
 
 LORA = LoraSettings(rank=2, lora_alpha=4.0, target_modules="all-linear")
@@ -94,6 +106,19 @@ def step_spread(folder: Path, kind: Kind, how: str) -> dict[str, Any]:
     with torch.no_grad(), base.model() as model:
         found["base"] = scores(model, rows, BUDGET).log_prob
         found["base_states"] = prompt_states(model, rows, "last")
+    guarded = guarded_responses(
+        policy, rows, min_p=0.05, tokens_per_microbatch=BUDGET, logit_chunk_mb=0.01
+    )
+    found["guarded"] = [(g.log_prob, g.allowed.ids) for g in guarded]
+    copied = plain_copy(policy)  # as the HF engine does, which then takes the weights one by one
+    own = copied.state_dict()
+    weights = policy_weights(policy)
+    check_weights(weights, set(own))
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(whole(tensor))
+    found["copied"] = scores(copied, rows, 10_000).log_prob.detach()
+    export(policy, AutoTokenizer.from_pretrained(folder), folder / how)
     found["numbers"] = sum(p.to_local().numel() for p in policy.parameters())
     return found
 
@@ -116,7 +141,9 @@ def _steps(
         optimizer.step()
         optimizer.zero_grad()
     weights = {n: whole(t).clone() for n, t in policy.state_dict().items()}
-    return {**first, "norm": norm, "weights": weights}
+    with torch.no_grad():
+        after = scores(policy, rows, tokens).log_prob
+    return {**first, "norm": norm, "weights": weights, "after": after}
 
 
 def all_cases(folder: Path) -> list[dict[str, Any]]:
@@ -177,6 +204,37 @@ def test_the_base_is_spread_too_and_stays_what_it_was(
             assert_near(found["base_states"], states[SHARES[rank]], atol=1e-5)
 
 
+def test_copies_and_exports_of_a_spread_model_are_the_policy_whole(
+    models: Path, spread: list[list[dict[str, Any]]]
+) -> None:
+    for number, (kind, how) in enumerate(CASES):
+        exported = AutoModelForCausalLM.from_pretrained(models / kind / how / "export").double()
+        expected = scores(exported.eval(), batch_of(RAGGED), 10_000).log_prob.detach()
+        for rank, found in enumerate(spread[number]):
+            width = found["after"].shape[1]
+            # merged in float32, as for every engine
+            assert_near(found["copied"], found["after"], atol=1e-5 if "lora" in how else 1e-9)
+            assert_near(expected[SHARES[rank], :width], found["copied"], atol=1e-9)
+        assert (models / kind / how / "export" / "adapter").exists() == ("lora" in how)
+
+
+def test_a_guard_allows_what_it_allows_of_a_whole_model(
+    models: Path, spread: list[list[dict[str, Any]]]
+) -> None:
+    number = CASES.index(("llama", "padded, checkpointed"))
+    policy = AutoModelForCausalLM.from_pretrained(
+        models / "llama" / "padded, checkpointed" / "export"
+    )
+    alone = guarded_responses(
+        policy.double().eval(), batch_of(RAGGED), min_p=0.05, tokens_per_microbatch=10_000,
+        logit_chunk_mb=1.0,
+    )  # fmt: skip
+    found = [response for rank in spread[number] for response in rank["guarded"]]
+    for (log_prob, ids), expected in zip(found, alone, strict=True):
+        assert_near(log_prob, expected.log_prob, atol=1e-9)
+        assert torch.equal(ids, expected.allowed.ids)
+
+
 def test_each_rank_holds_half_of_the_weights(
     models: Path, spread: list[list[dict[str, Any]]]
 ) -> None:
@@ -185,3 +243,79 @@ def test_each_rank_holds_half_of_the_weights(
     held = [found["numbers"] for found in spread[CASES.index(("llama", "padded, checkpointed"))]]
     assert sum(held) == numbers
     assert max(held) < 0.51 * numbers
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def written(folder: Path, name: str = "shards-a") -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of three ranks, of which the last holds nothing of a tensor of two rows."""
+    rows = torch.arange(10.0).view(5, 2)
+    parts = [(rows[:2], rows[:1]), (rows[2:4], rows[1:2]), (rows[4:], rows[:0])]
+    (folder / name).mkdir(parents=True)
+    for rank, (large, small) in enumerate(parts):
+        weights = {"large": large.clone(), "small": small.clone(), "whole": rows[0]}
+        part = {"folder": name, "rank": rank, "spread": ["large", "small"], "state_dict": weights}
+        torch.save(part, file_of(folder / name, rank))
+    sizes = [file_of(folder / name, rank).stat().st_size for rank in range(3)]
+    state = {"state_dict": {}, "shards": {"folder": name, "bytes": sizes}}
+    torch.save(state, folder / "last.ckpt")
+    return folder / "last.ckpt", state
+
+
+def test_parts_are_put_together_in_the_order_of_ranks(tmp_path: Path) -> None:
+    found = whole_weights(*written(tmp_path))
+    rows = torch.arange(10.0).view(5, 2)
+    assert torch.equal(found["large"], rows)
+    assert torch.equal(found["small"], rows[:2])
+    assert torch.equal(found["whole"], rows[0])
+
+
+def test_a_part_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / "shards-a").rename(tmp_path / "shards-b")
+    with pytest.raises(ValueError, match="is of another checkpoint"):
+        read_part(tmp_path / "shards-b", 0)
+
+
+def test_parts_of_a_save_that_was_killed_go_with_the_next_and_named_ones_stay(
+    tmp_path: Path,
+) -> None:
+    """The file is renamed into place when its parts are whole: before that nothing names them."""
+    written(tmp_path)
+    link(tmp_path / "last.ckpt", tmp_path / "good.ckpt")
+    (tmp_path / "last.ckpt").unlink()
+    written(tmp_path, "shards-b")
+    (tmp_path / "shards-killed").mkdir()
+    remove_unused(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("shards-*")) == ["shards-a", "shards-b"]
+    assert what_is_missing(tmp_path / "good.ckpt", torch.load(tmp_path / "good.ckpt")) is None
+
+
+def test_whether_merged_weights_hold_a_name_makes_no_sum(models: Path) -> None:
+    """Ranks would each ask in an order of their own, and every sum is one that all make."""
+    weights = policy_weights(policy_of(models / "qwen2", "qwen2", "lora"))
+
+    def refused(name: str) -> Tensor:
+        raise AssertionError(name)
+
+    weights.__class__ = type("Unread", (type(weights),), {"__getitem__": refused})
+    assert not set(weights) - weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer=fsdp", "trainer.precision=16-mixed"], "a rank would see the infinities of its"),
+        (["+trainer.strategy=fsdp"], "take trainer=fsdp"),
+        (["+trainer.strategy=deepspeed_stage_3"], "take trainer=fsdp"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        checked(*overrides)
+
+
+def test_a_spread_model_trains_in_bfloat16_by_default() -> None:
+    assert checked("trainer=fsdp").trainer["precision"] == "bf16-mixed"
+    assert checked("trainer=fsdp", "trainer.accelerator=cpu").trainer["precision"] == "32-true"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from powerflow_lit.config.rules import one_of, require
 from powerflow_lit.config.schema import TrainConfig
 
+SPREAD = ".FullyShardedStrategy"  # of trainer=fsdp
 SCALED_LOSS = ("16-mixed", "16")  # precisions for which Lightning scales the loss
 # as in the room of rewards, which imports torch; a test holds them against each other
 SUPERVISED = "correct"
@@ -20,6 +22,7 @@ def check_combinations(config: TrainConfig) -> None:
     _check_reward(config)
     _check_full_vocabulary(config)
     _check_tensor_parallel(config)
+    _check_spread(config.trainer)
     precision = config.trainer.get("precision")
     require(
         not (config.optimizer.fused and str(precision) in SCALED_LOSS),
@@ -45,6 +48,23 @@ def check_combinations(config: TrainConfig) -> None:
         f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with a baseline from the "
         "prompt's group: needs 2 or more (or log_z=head)",
     )
+
+
+def _check_spread(trainer: Mapping[str, Any]) -> None:
+    """What spreads a model over devices does so in one way, in some precisions."""
+    strategy, precision = trainer.get("strategy"), str(trainer.get("precision"))
+    if isinstance(strategy, str):
+        require(
+            not strategy.startswith(("fsdp", "deepspeed", "model_parallel")),
+            f"trainer.strategy={strategy}: log-probs are computed past the wrapper that it puts "
+            "around the model: take trainer=fsdp (docs/sharding.md)",
+        )
+    elif isinstance(strategy, Mapping) and str(strategy.get("_target_")).endswith(SPREAD):
+        require(
+            precision not in SCALED_LOSS,
+            f"trainer.precision={precision} with trainer=fsdp: a rank would see the infinities of "
+            "its own part alone: take bf16-mixed",
+        )
 
 
 def check_monitor(config: TrainConfig) -> None:
