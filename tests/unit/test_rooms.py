@@ -38,6 +38,8 @@ FORBIDDEN = {
     "rollout": {"lightning", "hydra", "omegaconf", "objectives", "module", "datamodule", "tasks",
                 "config"},
     "module.py": {"hydra", "omegaconf", "config"},
+    "devices.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "rollout", "module",
+                   "datamodule"},
     "datamodule.py": {"hydra", "omegaconf", "config"},
     "scoring.py": {"hydra", "omegaconf", "config", "vllm", "datamodule", "callbacks"},
     "diverged.py": {"torch", "lightning", "hydra", "omegaconf", "transformers", "vllm", "config",
