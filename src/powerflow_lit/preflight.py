@@ -95,6 +95,7 @@ def light_parts(config: TrainConfig) -> Parts:
     _check_reward(config, task)
     train, evaluation = task.train_prompts(), task.eval_prompts()
     require(len(evaluation) > 0, f"task {config.task.name} has no evaluation prompts")
+    _check_shared_engine(config, len(evaluation))
     _check_prompts(config, train)
     return Parts(objective, task)
 
@@ -274,6 +275,22 @@ def _check_reward(config: TrainConfig, task: Task) -> None:
         if TRACEBACKS.get():
             raise
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _check_shared_engine(config: TrainConfig, evaluation: int) -> None:
+    """Every rank that shares an engine asks it, in evaluations too: each needs a prompt."""
+    sharing, devices = (
+        config.rollout.engine.get("tensor_parallel", 1),
+        config.trainer.get("devices"),
+    )
+    most = config.callbacks.evaluation.max_prompts
+    asked = evaluation if most is None else min(evaluation, most)
+    ranks = (devices if isinstance(devices, int) else 1) * int(config.trainer.get("num_nodes", 1))
+    require(
+        sharing == 1 or asked >= ranks,
+        f"rollout.engine.tensor_parallel={sharing}: {asked} evaluation prompts for {ranks} ranks, "
+        "each of which needs one: raise callbacks.evaluation.max_prompts",
+    )
 
 
 def _check_prompts(config: TrainConfig, prompts: Sequence[Prompt]) -> None:

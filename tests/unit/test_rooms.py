@@ -41,6 +41,8 @@ FORBIDDEN = {
                 "config"},
     "rollout/vllm_server_guard.py": {*HEAVY, "powerflow_lit", "rollout", "models", "config"},
     "module.py": {"hydra", "omegaconf", "config"},
+    "devices.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "rollout", "module",
+                   "datamodule"},
     "datamodule.py": {"hydra", "omegaconf", "config"},
     "rewarding.py": {"hydra", "omegaconf", "config", "vllm", "lightning", "transformers",
                      "datamodule", "callbacks"},

@@ -14,7 +14,7 @@ from powerflow_lit.models.embedded import folder_of
 from powerflow_lit.models.folders import divides_heads
 from powerflow_lit.models.loading import load_model
 from powerflow_lit.models.lora import policy_weights
-from powerflow_lit.preflight import check_here
+from powerflow_lit.preflight import check_here, light_parts
 from powerflow_lit.rollout.engine import EngineError, EngineSpec, NonFiniteWeightsError
 from powerflow_lit.rollout.hf_engine import HfEngine
 from powerflow_lit.rollout.shared_engine import SharedEngine, engine_group
@@ -156,6 +156,9 @@ def test_ranks_that_cannot_share_an_engine_are_refused_before_anything_is_built(
     config = checked(two, "trainer.devices=2", f"run_dir={tmp_path / 'run'}")
     with pytest.raises(ConfigError, match="attention heads of embedded:tiny cannot be divided"):
         check_here(config)  # it has three
+    few = ("callbacks.evaluation.max_prompts=3", "trainer.devices=4")
+    with pytest.raises(ConfigError, match="3 evaluation prompts for 4 ranks"):
+        light_parts(checked(two, *few))
 
 
 @pytest.mark.parametrize(
