@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.objectives.inputs import masked_sum
 from powerflow_lit.rewards import SUPERVISED, RewardError, RewardInputs
 from powerflow_lit.rewards.inputs import Reward, checked_reward
-from powerflow_lit.scoring import Progress, RolloutSettings
+from powerflow_lit.scoring import Progress
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.types import TokenBatch, Trajectory
 
@@ -27,11 +27,22 @@ class RewardSettings:
     trained_share: float  # of each prompt's rollouts; the others only count in the rewards
 
 
+class PassSettings(Protocol):
+    """How a pass over rollouts is cut (RolloutSettings, TrainConfig)."""
+
+    @property
+    def tokens_per_microbatch(self) -> int: ...
+
+    @property
+    def logit_chunk_mb(self) -> float: ...
+
+
 class Rewarder:
     """Rewards rollouts as a strategy asks for it; without one they stay as they are.
 
     Args:
-        pad_id: of the batches; no number depends on it.
+        settings: of passes of the policy; no number depends on them.
+        pad_id: of their batches; nor on it.
         report: told of progress.
     """
 
@@ -39,7 +50,7 @@ class Rewarder:
         self,
         reward: RewardSettings | None,
         task: Task,
-        settings: RolloutSettings,
+        settings: PassSettings,
         *,
         pad_id: int,
         report: Progress,

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from powerflow_lit.assembly import build_datamodule, build_module, build_policy
+from powerflow_lit.assembly import build_datamodule, build_module, build_policy, wandb_tags
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
@@ -135,6 +135,13 @@ def test_a_supervised_strategy_does_learn_from_the_references(strategy: str) -> 
     assert {t.reward for t in rollouts} == {0.0, 1.0}
     with pytest.raises(RewardError, match=r"a supervised strategy needs references, and prompt"):
         trained(config(strategy, task="Poisoned"))
+
+
+def test_wandb_tags_say_what_is_supervised_and_where_alpha_counts() -> None:
+    tags = {s: wandb_tags(config(s)) for s in ("powerflow", "grpo", "intuitor")}
+    assert {s for s in tags if "supervised" in tags[s]} == {"grpo"}
+    assert {s for s in tags if "alpha=2" in tags[s]} == {"powerflow"}
+    assert all(tags[s][0] == s for s in tags)
 
 
 @pytest.mark.parametrize("reads", ["[]", "[answer_class]", "[self_certainty]"])

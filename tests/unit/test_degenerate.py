@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from powerflow_lit.assembly import build_engine, build_model, build_module
+from powerflow_lit.assembly import build_engine, build_model, build_module, reward_settings
 from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
 from powerflow_lit.config.schema import TrainConfig
@@ -21,6 +22,7 @@ from powerflow_lit.log_z import LogZ
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.models.prompting import decode, encode_prompts
+from powerflow_lit.rewarding import Rewarder
 from powerflow_lit.rollout.degenerate import findings
 from powerflow_lit.types import Sampling, TokenBatch, Trajectory, TrajectoryBatch
 from tests.tiny_models import make_scripted_model
@@ -125,6 +127,18 @@ def choices() -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
+def batch_of(config: TrainConfig, given: Rollouts) -> TrajectoryBatch:
+    """With the strategy's own rewards; to a supervised one all answers are wrong."""
+    rewarder = Rewarder(
+        reward_settings(config.strategy), instantiate(config.task.build), config,
+        pad_id=0, report=lambda *_: None,
+    )  # fmt: skip
+    module = build_module(config, given.model, lambda *_: None)  # type: ignore[arg-type]
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    wrong = [replace(t, correct=False) for t in given.trajectories]
+    return TrajectoryBatch.collate(rewarder.trained(rewarder(module, wrong)), 0)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_loss_and_gradients_are_finite_whatever_the_strategy_and_log_z(
@@ -135,7 +149,7 @@ def test_loss_and_gradients_are_finite_whatever_the_strategy_and_log_z(
 ) -> None:
     given = rollouts[script]
     strategies, log_zs = choices
-    batch = TrajectoryBatch.collate(given.trajectories, 0)
+    batch = batch_of(strategies[strategy], given)
     objective = instantiate(strategies[strategy].strategy.objective)
     for log_z in LOG_Z if objective.uses_log_z else LOG_Z[:1]:
         config = replace(strategies[strategy], log_z=log_zs[log_z])

@@ -67,6 +67,12 @@ def test_what_a_strategy_or_epsilon_brings_along_is_no_key_of_its_own(tmp_path: 
     }  # fmt: skip
 
 
+def test_alpha_tells_no_runs_of_a_strategy_apart_that_does_not_use_it(tmp_path: Path) -> None:
+    unused = {"strategy": "grpo", "strategy__uses_alpha": False}
+    runs = runs_of(tmp_path, {"alpha": 2}, {**unused, "alpha": 2}, {**unused, "alpha": 4})
+    assert labels(runs) == {"powerflow α=2": 1, "grpo": 2}
+
+
 def test_keys_that_differ_within_a_strategy_are_named_shortly(tmp_path: Path) -> None:
     target = "powerflow_lit.log_z.{}LogZ"
     runs = runs_of(
