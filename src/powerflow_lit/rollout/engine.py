@@ -13,6 +13,8 @@ from powerflow_lit.diverged import DivergedError
 from powerflow_lit.mendable import MendableError
 from powerflow_lit.types import Completion, Sampling
 
+OnFinished = Callable[[int, Sequence[Completion]], None]
+
 
 class EngineError(MendableError, RuntimeError):
     """The engine cannot do what was asked; the message says what to change."""

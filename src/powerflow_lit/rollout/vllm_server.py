@@ -18,6 +18,7 @@ from powerflow_lit.rollout.engine import (
     EngineSpec,
     LostWeightsError,
     NonFiniteRolloutError,
+    OnFinished,
     check_weights,
 )
 from powerflow_lit.rollout.vllm_engine import SEED_STRIDE, as_in_files, tied_names
@@ -157,6 +158,7 @@ class VllmServerEngine:
         on_progress: Callable[[int, int], None] | None = None,
         *,
         max_new_tokens: Sequence[int] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
         distinct = 1 if sampling.temperature == 0 else sampling.samples_per_prompt
@@ -183,20 +185,33 @@ class VllmServerEngine:
                         logprobs=0 if index < with_log_probs else None,
                     )
                 )
-        answers = self._ask(bodies, on_progress, at_once=math.ceil(2 * most / min(distinct, most)))
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        for index, answer in zip(owners, answers, strict=True):
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            groups[index] += [_completion(choice) for choice in choices] * copies
-        return groups
+        parts: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in range(len(prompts))}
+        groups: dict[int, list[Completion]] = {}
+
+        def arrived(number: int, answer: dict[str, Any]) -> None:
+            index = owners[number]
+            parts[index][number] = answer
+            if len(parts[index]) < math.ceil(distinct / most):
+                return
+            choices = [c for part in sorted(parts[index]) for c in _in_order(parts[index][part])]
+            del parts[index]
+            groups[index] = [_completion(choice) for choice in choices] * copies
+            if on_finished is not None:
+                on_finished(index, groups[index])
+
+        at_once = math.ceil(2 * most / min(distinct, most))
+        self._ask(bodies, on_progress, arrived, at_once=at_once)
+        return [groups[index] for index in range(len(prompts))]
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         fed = [[*p, *r][: self._spec.room - 1] for p, r in rows]
         bodies = [_body(ids, max_tokens=1, prompt_logprobs=0, temperature=1.0) for ids in fed]
         most = min(int(server.facts["max_num_seqs"]) for server in self._servers)
-        answers = self._ask(bodies, None, at_once=most)
+        answers: dict[int, dict[str, Any]] = {}
+        self._ask(bodies, None, answers.__setitem__, at_once=most)
         scores = []
-        for (prompt, _), ids, answer in zip(rows, fed, answers, strict=True):
+        for number, ((prompt, _), ids) in enumerate(zip(rows, fed, strict=True)):
+            answer = answers[number]
             found = answer["prompt_logprobs"][len(prompt) :]
             places = zip(found, ids[len(prompt) :], strict=True)
             scores.append([float(entry[str(token)]["logprob"]) for entry, token in places])
@@ -217,9 +232,10 @@ class VllmServerEngine:
         self,
         bodies: Sequence[Mapping[str, Any]],
         on_progress: Callable[[int, int], None] | None,
+        on_answer: Callable[[int, dict[str, Any]], None],
         *,
         at_once: int,
-    ) -> list[dict[str, Any]]:
+    ) -> None:
         """Raises NonFiniteRolloutError where some logits were not finite."""
         pool = self._open_pool()
         if self._is_lost:
@@ -227,7 +243,7 @@ class VllmServerEngine:
         if self.policy_version < 0:
             raise EngineError("generate before the first sync: the servers' weights are random")
         try:
-            answers = pool.ask(bodies, on_progress, at_once=min(at_once, CONNECTIONS))
+            pool.ask(bodies, on_progress, on_answer, at_once=min(at_once, CONNECTIONS))
         except LostWeightsError:
             self.policy_version, self._is_lost = -1, True
             raise
@@ -237,7 +253,6 @@ class VllmServerEngine:
                 finite += [all(worker) for worker in server.rpc("policy_logits_finite")]
         if not all(finite):
             raise NonFiniteRolloutError("some of the next tokens' logits are NaN or infinite")
-        return answers
 
     def _open_pool(self) -> Pool:
         if self._pool is None:
@@ -300,6 +315,10 @@ def of_this_rank(items: Sequence[T]) -> Sequence[T]:
 def _body(prompt: Sequence[int], **parameters: Any) -> dict[str, Any]:
     given = {name: value for name, value in parameters.items() if value is not None}
     return {"token_ids": list(prompt), "sampling_params": {**given, "detokenize": False}}
+
+
+def _in_order(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(answer["choices"], key=lambda choice: choice["index"])
 
 
 def _completion(choice: Mapping[str, Any]) -> Completion:
