@@ -48,6 +48,7 @@ class Serving:
         env = {
             **os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1",  # as the trainer of the tiny model
         }  # fmt: skip
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

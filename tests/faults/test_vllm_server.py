@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from powerflow_lit.models.lora import policy_weights
 from powerflow_lit.rollout.vllm_server import VllmServerEngine
@@ -146,9 +148,22 @@ def test_of_two_servers_one_takes_over_what_the_other_had(
         engine.sync(policy_weights(spec.policy), 2)  # waits for the one that is starting
         assert len(servers_of(os.getpid())) == 2
         assert engine.generate(prompts, sampling) == expected
+        handed: dict[int, Any] = {}
+        engine.generate(prompts, sampling, on_finished=handed.__setitem__)
+        assert [handed[number] for number in range(len(prompts))] == expected
         rows = [(p, group[0].token_ids) for p, group in zip(prompts, expected, strict=True)]
         for scored, group in zip(engine.score(rows), expected, strict=True):
             assert scored == pytest.approx(group[0].log_probs, abs=1e-4)
+        # more samples than a server decodes at once, and nothing below the bound of min_p
+        (many,) = engine.generate(prompts[:1], Sampling(40, 24, seed=3, min_p=0.2))
+        assert len(many) == 40
+        assert [c.token_ids for c in many[:8]] != [c.token_ids for c in expected[0]]
+        for completion in many:
+            ids = torch.tensor([[*prompts[0], *completion.token_ids]])
+            with torch.no_grad():
+                log_probs = spec.policy(input_ids=ids).logits[0, 2:-1].log_softmax(-1)
+            own = log_probs.gather(1, ids[0, 3:, None])[:, 0]
+            assert bool((own >= log_probs.amax(1) + math.log(0.2) - 1e-4).all())
     finally:
         engine.close()
     assert servers_of(os.getpid()) == []

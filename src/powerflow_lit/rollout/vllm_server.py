@@ -186,31 +186,34 @@ class VllmServerEngine:
                         logprobs=0 if index < with_log_probs else None,
                     )
                 )
-        parts: list[dict[int, list[Completion]]] = [{} for _ in prompts]
-        groups: list[list[Completion]] = [[] for _ in prompts]
+        parts: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in range(len(prompts))}
+        groups: dict[int, list[Completion]] = {}
 
-        def add(request: int, answer: Mapping[str, Any]) -> None:
-            owner = owners[request]
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            parts[owner][request] = [_completion(choice) for choice in choices] * copies
-            if len(parts[owner]) == owners.count(owner):
-                groups[owner] = [c for _, part in sorted(parts[owner].items()) for c in part]
-                if on_finished is not None:
-                    on_finished(owner, groups[owner])
+        def arrived(number: int, answer: dict[str, Any]) -> None:
+            index = owners[number]
+            parts[index][number] = answer
+            if len(parts[index]) < math.ceil(distinct / most):
+                return
+            choices = [c for part in sorted(parts[index]) for c in _in_order(parts[index][part])]
+            del parts[index]
+            groups[index] = [_completion(choice) for choice in choices] * copies
+            if on_finished is not None:
+                on_finished(index, groups[index])
 
         at_once = math.ceil(2 * most / min(distinct, most))
-        self._ask(bodies, on_progress, add, at_once=at_once)
-        return groups
+        self._ask(bodies, on_progress, arrived, at_once=at_once)
+        return [groups[index] for index in range(len(prompts))]
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         fed = [[*p, *r][: self._spec.room - 1] for p, r in rows]
         bodies = [_body(ids, max_tokens=1, prompt_logprobs=0, temperature=1.0) for ids in fed]
         most = min(int(server.facts["max_num_seqs"]) for server in self._servers)
-        answers: dict[int, Mapping[str, Any]] = {}
+        answers: dict[int, dict[str, Any]] = {}
         self._ask(bodies, None, answers.__setitem__, at_once=most)
         scores = []
         for number, ((prompt, _), ids) in enumerate(zip(rows, fed, strict=True)):
-            found = answers[number]["prompt_logprobs"][len(prompt) :]
+            answer = answers[number]
+            found = answer["prompt_logprobs"][len(prompt) :]
             places = zip(found, ids[len(prompt) :], strict=True)
             scores.append([float(entry[str(token)]["logprob"]) for entry, token in places])
         return scores
@@ -230,7 +233,7 @@ class VllmServerEngine:
         self,
         bodies: Sequence[Mapping[str, Any]],
         on_progress: Callable[[int, int], None] | None,
-        on_answer: Callable[[int, Mapping[str, Any]], None],
+        on_answer: Callable[[int, dict[str, Any]], None],
         *,
         at_once: int,
     ) -> None:
@@ -313,6 +316,10 @@ def of_this_rank(items: Sequence[T]) -> Sequence[T]:
 def _body(prompt: Sequence[int], **parameters: Any) -> dict[str, Any]:
     given = {name: value for name, value in parameters.items() if value is not None}
     return {"token_ids": list(prompt), "sampling_params": {**given, "detokenize": False}}
+
+
+def _in_order(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(answer["choices"], key=lambda choice: choice["index"])
 
 
 def _completion(choice: Mapping[str, Any]) -> Completion:

@@ -27,21 +27,21 @@ class _Job:
 
     bodies: Sequence[Mapping[str, Any]]
     waiting: deque[int]
-    on_answer: Callable[[int, Answer], None]
-    answered: set[int] = field(default_factory=set)
+    answers: dict[int, Answer] = field(default_factory=dict)
+    fresh: list[int] = field(default_factory=list)  # answers that nobody has looked at
     samples: int = 0
     tokens: int = 0
     over: threading.Event = field(default_factory=threading.Event)  # nobody waits for it
 
     def add(self, index: int, answer: Answer) -> None:
-        self.answered.add(index)
+        self.answers[index] = answer
+        self.fresh.append(index)
         self.samples += len(answer["choices"])
         self.tokens += sum(len(choice["token_ids"]) for choice in answer["choices"])
-        self.on_answer(index, answer)
 
     @property
     def is_done(self) -> bool:
-        return len(self.answered) == len(self.bodies)
+        return len(self.answers) == len(self.bodies)
 
 
 class Pool:
@@ -109,18 +109,19 @@ class Pool:
         *,
         at_once: int,
     ) -> None:
-        """Have requests answered.
+        """Let the servers answer requests.
 
         Args:
             on_progress: as an engine's `generate`.
-            on_answer: given each request's number and its answer, in the caller's thread.
+            on_answer: given the number of each request and its answer as soon as it is there, in
+                the thread of the caller.
             at_once: requests that a server has at a time.
 
         Raises:
             EngineError: no server is left, or one refuses a request.
         """
-        job = _Job(bodies, deque(range(len(bodies))), on_answer)
-        asyncio.run(self._ask(job, on_progress, at_once))
+        job = _Job(bodies, deque(range(len(bodies))))
+        asyncio.run(self._ask(job, on_progress, on_answer, at_once))
 
     def close(self) -> None:
         for server in self.servers:
@@ -128,19 +129,26 @@ class Pool:
         self._transfer.close()
 
     async def _ask(
-        self, job: _Job, on_progress: Callable[[int, int], None] | None, at_once: int
+        self,
+        job: _Job,
+        on_progress: Callable[[int, int], None] | None,
+        on_answer: Callable[[int, Answer], None],
+        at_once: int,
     ) -> None:
         servers = self.at_work
         share = math.ceil(len(job.bodies) / max(len(servers), 1))  # none takes all at the start
         runs = [asyncio.create_task(self._run(s, job, at_once, share)) for s in servers]
         try:
             going, gone = set(runs), ServerGoneError("no server has the policy's weights")
-            while not job.is_done:
-                if not going:
+            while not job.is_done or job.fresh:
+                if not going and not job.is_done:
                     raise gone
                 ended, going = await asyncio.wait(
                     going, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
                 )
+                fresh, job.fresh = job.fresh, []
+                for index in fresh:  # the servers go on meanwhile
+                    on_answer(index, job.answers[index])
                 if on_progress is not None:  # a run that is asked to stop raises here
                     on_progress(job.samples, job.tokens)
                 for run in ended:

@@ -180,4 +180,5 @@ def _environment(devices: Sequence[int | str], kv_cache_gb: int) -> dict[str, st
         # the worker in the engine's own process: one import of torch less, and no cores of its own,
         # which two servers would take from each other
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        env["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as for the engine in process
     return env
