@@ -289,6 +289,10 @@ def test_parts_of_a_save_that_was_killed_go_with_the_next_and_named_ones_stay(
     (tmp_path / "last.ckpt").unlink()
     written(tmp_path, "shards-b")
     (tmp_path / "shards-killed").mkdir()
+    (tmp_path / "previous.ckpt").write_bytes(b"who knows what it named")
+    remove_unused(tmp_path)
+    assert (tmp_path / "shards-killed").exists()
+    (tmp_path / "previous.ckpt").unlink()
     remove_unused(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("shards-*")) == ["shards-a", "shards-b"]
     assert what_is_missing(tmp_path / "good.ckpt", torch.load(tmp_path / "good.ckpt")) is None
