@@ -8,6 +8,7 @@ flags travel over gloo, on the CPU, also where gradients go over NCCL.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -157,6 +158,8 @@ def portable(error: BaseException) -> BaseException:
 
 
 def _named(error: BaseException, number: int) -> BaseException:
-    if isinstance(error, Exception) and error.args and isinstance(error.args[0], str):
-        error.args = (f"rank {number}: {error.args[0]}", *error.args[1:])
+    """With the rank that met it first: work may have parts that are told to all as well."""
+    said = error.args[0] if isinstance(error, Exception) and error.args else None
+    if isinstance(said, str) and not re.match(r"rank \d+: ", said):
+        error.args = (f"rank {number}: {said}", *error.args[1:])
     return error

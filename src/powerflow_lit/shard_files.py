@@ -78,11 +78,20 @@ def whole_weights(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the parts in a folder of checkpoints that none of these names any more."""
+    """Remove the parts in a folder of checkpoints that none of these names any more.
+
+    Nothing, where one of these cannot be read: it might name any.
+    """
+    found = list(folder.glob(f"{PREFIX}*"))
+    if not found:
+        return
     used = set()
     for checkpoint in folder.glob("*.ckpt"):
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # damage comes as an error of zip, pickle or torch
+            return
         used.add(shard_folder(checkpoint, state))
-    for parts in folder.glob(f"{PREFIX}*"):
+    for parts in found:
         if parts not in used:
             shutil.rmtree(parts, ignore_errors=True)

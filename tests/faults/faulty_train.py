@@ -93,9 +93,12 @@ def _is_guard(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    moment, action, *overrides = sys.argv[1:]
     from powerflow_lit import train
+    from powerflow_lit.config.processes import TOLD
 
-    at(moment, sender(action))
-    sys.argv = ["train", *overrides]
+    overrides = sys.argv[1:]
+    if TOLD not in os.environ:  # other ranks are started with this file too, and have no fault
+        moment, action, *overrides = overrides
+        at(moment, sender(action))
+    sys.argv = [__file__, *overrides]
     train.main()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from powerflow_lit.shard_files import read_part, shard_folder
 from tests.commands import VLLM_CACHE
 
 # a run of four refills in seconds
@@ -121,7 +122,16 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    """What it holds, the parts of all ranks included where it is in parts."""
+    path = run / "checkpoints" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    folder = shard_folder(path, state)
+    if folder is not None:
+        count = len(state.pop("shards")["bytes"])
+        state["parts"] = [read_part(folder, rank) for rank in range(count)]
+        for part in state["parts"]:
+            del part["folder"]  # a name of its own for each checkpoint
+    return state
 
 
 def assert_same(expected: Any, found: Any, where: str = "") -> None:

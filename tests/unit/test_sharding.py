@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from powerflow_lit import ranks
 from powerflow_lit.checkpoints import link
 from powerflow_lit.config.rules import ConfigError
 from powerflow_lit.export import export
+from powerflow_lit.models import logprobs
 from powerflow_lit.models.base import frozen_base
 from powerflow_lit.models.checkpointing import checkpoint_layers
 from powerflow_lit.models.forward_pass import prompt_states
@@ -287,6 +289,10 @@ def test_parts_of_a_save_that_was_killed_go_with_the_next_and_named_ones_stay(
     (tmp_path / "last.ckpt").unlink()
     written(tmp_path, "shards-b")
     (tmp_path / "shards-killed").mkdir()
+    (tmp_path / "previous.ckpt").write_bytes(b"who knows what it named")
+    remove_unused(tmp_path)
+    assert (tmp_path / "shards-killed").exists()
+    (tmp_path / "previous.ckpt").unlink()
     remove_unused(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("shards-*")) == ["shards-a", "shards-b"]
     assert what_is_missing(tmp_path / "good.ckpt", torch.load(tmp_path / "good.ckpt")) is None
@@ -319,3 +325,53 @@ def test_what_cannot_be_spread_is_refused(overrides: list[str], said: str) -> No
 def test_a_spread_model_trains_in_bfloat16_by_default() -> None:
     assert checked("trainer=fsdp").trainer["precision"] == "bf16-mixed"
     assert checked("trainer=fsdp", "trainer.accelerator=cpu").trainer["precision"] == "32-true"
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+LAYERS = 8
+
+
+def most_held(folder: Path) -> dict[str, float]:
+    """The most that a rank holds whole in an update of three passes and more, in layers.
+
+    Counted where FSDP makes a unit whole and where it gives it back.
+    """
+    policy = policy_of(folder, "llama", "checkpointed")
+    layer = sum(p.numel() for p in policy.model.layers[0].parameters())
+    shard(policy, init_device_mesh("cpu", (ranks.world_size(),)))
+    whole_units: dict[int, int] = {}
+    counts = [0]
+
+    def count(name: str, method: Any) -> Any:
+        def counted(group: Any) -> None:
+            method(group)
+            numbers = sum(p._orig_size.numel() for p in group.fsdp_params)
+            whole_units[id(group)] = numbers if name == "_to_unsharded" else 0
+            counts.append(sum(whole_units.values()))
+
+        return counted
+
+    for name in ("_to_unsharded", "_to_sharded"):
+        setattr(FSDPParamGroup, name, count(name, getattr(FSDPParamGroup, name)))
+    found = scores(policy, batch_of(RAGGED), BUDGET)
+    assert len(found.deferred) >= 2
+    loss_of(found).backward()
+    for part in found.deferred:
+        part.backward(nullcontext)
+    held = {"most": max(counts) / layer, "left": counts[-1] / layer}
+    with torch.no_grad():
+        scores(policy, batch_of(RAGGED), BUDGET)
+    held["after scoring"] = counts[-1] / layer
+    counts.clear()
+    logprobs.is_sharded = lambda model: False  # type: ignore[assignment]
+    loss_of(scores(policy, batch_of(RAGGED), BUDGET)).backward()
+    return {**held, "most within": max(counts) / layer}
+
+
+def test_no_rank_holds_more_than_a_few_layers_whole(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "deep", "llama", num_hidden_layers=LAYERS)
+    for found in on_ranks(most_held, folder):
+        assert 1 < found["most"] < 3, found  # embeddings and output layer are as large as one here
+        assert found["most within"] > LAYERS, found  # which is what `Deferred` is for
+        assert found["left"] == found["after scoring"] == 0
