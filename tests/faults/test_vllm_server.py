@@ -60,8 +60,13 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         found.kill()
 
 
-def samples(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For the servers too: several with two threads each on two cores hardly move."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_a_run_on_a_running_server_is_that_of_the_engine_in_process(
@@ -121,7 +126,7 @@ def test_a_server_that_does_not_come_back_ends_the_run_with_a_line(
 
 
 def test_of_two_servers_one_takes_over_what_the_other_had(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
     spec = tiny()
     engine = VllmServerEngine(
