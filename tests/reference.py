@@ -283,7 +283,8 @@ def policy_gradient_reference(
         if advantage == "group":
             return centred(batch, i)
         assert advantage == "grpo"
-        deviation = float(np.std([reward(batch, j) for j in group(batch, i)]))
+        rewards = [reward(batch, j) for j in group(batch, i)]
+        deviation = float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0
         return centred(batch, i) / (deviation + 1e-6)
 
     def term(batch: Ragged, i: int, x: Row, z: complex) -> complex:

@@ -192,6 +192,7 @@ def build_datamodule(
             guard_min_p=config.guard.min_p,
             overlap=rollout.overlap,
             score_while_generating=rollout.score_while_generating,
+            shares_engine=int(rollout.engine.get("tensor_parallel", 1)) > 1,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,

@@ -86,7 +86,7 @@ class StepMetrics(Callback):
         own["perf/peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         every = ranks.gather(own)
         slowest = {name: max(one[name] for one in every) for name in own}  # or the largest
-        tokens = sum(t.length for t in data.buffer.newest)
+        tokens = data.tokens_of_refill
         seconds = sum(value for name, value in slowest.items() if name.endswith("_s"))
         return {**slowest, "perf/tokens_per_s": tokens / max(seconds, 1e-9)}
 

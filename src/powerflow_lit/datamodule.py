@@ -73,7 +73,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.prompt_route = prompt_route
         self.pad_id = int(tokenizer.pad_token_id)
         self.refill_metrics: dict[str, float] = {}
-        self.tokens_generated = 0
+        self.tokens_generated = self.tokens_of_refill = 0
         self._made_before = (-1, 0)  # refill of the checkpoint, and its updates made by then
         self.engine_rebuilds = 0
         self.on_progress: Progress | None = None
@@ -151,7 +151,8 @@ class RolloutDataModule(L.LightningDataModule):
         self._trained_from = module.global_step
         if index == 0:
             module.calibrate(TrajectoryBatch.collate(trained, self.pad_id).to(module.device))
-        self.tokens_generated += sum(t.length for t in trajectories)
+        self.tokens_of_refill = sum(t.length for t in trajectories)
+        self.tokens_generated += self.tokens_of_refill
         scoring = pooled([(found, sum(t.length for t in own)) for own, found in shares])
         self.refill_metrics = {**rollout_metrics(trajectories), **scoring}
 
@@ -160,15 +161,16 @@ class RolloutDataModule(L.LightningDataModule):
         module, keep, rebuilds = self._module, self.keeps_log_p_old, self.engine_rebuilds
         prompts, first = self._own_prompts(index)
         oldest = self._trained_from if self.settings.overlap else module.global_step
+        in_step = self.settings.in_step(module.policy)
         with self.clock("rollout"):
-            sampled = agreed(module.policy, lambda: self._ahead.of(index))
+            sampled = agreed(in_step, lambda: self._ahead.of(index))
+        if in_step and ranks.greatest(int(sampled is None)):
+            sampled = None  # it failed on one of them: all sample anew
         ahead = sampled is not None
         if sampled is None:
             sampled = self._sample(index, prompts)
         with self.clock("score"):
-            trajectories = agreed(
-                module.policy, lambda: self._trajectories(prompts, first, sampled)
-            )
+            trajectories = agreed(in_step, lambda: self._trajectories(prompts, first, sampled))
             self._refuse_stale(trajectories, index + 1, max(oldest, 0))
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
@@ -224,7 +226,7 @@ class RolloutDataModule(L.LightningDataModule):
         scoring = self._scorer.while_generating(self._module, ids)
         with self.clock("rollout"), scoring as on_finished:
             groups = agreed(
-                self._module.policy,
+                self.settings.in_step(self._module.policy),
                 lambda: self.engine.generate(
                     ids,
                     sampling,
@@ -297,6 +299,7 @@ class RolloutDataModule(L.LightningDataModule):
             "engine_rebuilds": self.engine_rebuilds,
             "buffer": self.buffer.state_dict(),
             "tokens_generated": self.tokens_generated,
+            "tokens_of_refill": self.tokens_of_refill,
             "clock": self.clock.state_dict(),
         }
 
@@ -312,6 +315,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.refill_metrics = state_dict["refill_metrics"]
         self.engine_rebuilds = state_dict["engine_rebuilds"]
         self.tokens_generated = state_dict["tokens_generated"]
+        self.tokens_of_refill = state_dict.get("tokens_of_refill", 0)
         self.clock.load_state_dict(state_dict["clock"])
 
     # --- prompts --------------------------------------------------------------------------------

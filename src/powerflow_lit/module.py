@@ -385,7 +385,7 @@ class PowerFlowModule(L.LightningModule):
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.alpha_pull = state.get("alpha_pull", 1.0)
-        states = state["random_states"]
+        states = state.get("random_states") or [state["random_state"]]  # of before several ranks
         self._random_state_to_restore = states[ranks.rank() % len(states)]
 
     def _checkpoint_names(self) -> set[str]:

@@ -126,10 +126,10 @@ def check_device(config: TrainConfig) -> None:
 
 def ranks_of(config: TrainConfig) -> int:
     """Processes of the run, one for each device of each node; torch counts them where none did."""
-    import torch
-
     devices = devices_asked(config.trainer)
     if devices is None:
+        import torch
+
         on_gpu = config.trainer.get("accelerator", "auto") in ("gpu", "cuda", "auto")
         devices = max(torch.cuda.device_count(), 1) if on_gpu else 1
     return devices * int(config.trainer.get("num_nodes", 1))
@@ -279,13 +279,9 @@ def _check_reward(config: TrainConfig, task: Task) -> None:
 
 def _check_shared_engine(config: TrainConfig, evaluation: int) -> None:
     """Every rank that shares an engine asks it, in evaluations too: each needs a prompt."""
-    sharing, devices = (
-        config.rollout.engine.get("tensor_parallel", 1),
-        config.trainer.get("devices"),
-    )
+    sharing, ranks = config.rollout.engine.get("tensor_parallel", 1), ranks_of(config)
     most = config.callbacks.evaluation.max_prompts
     asked = evaluation if most is None else min(evaluation, most)
-    ranks = (devices if isinstance(devices, int) else 1) * int(config.trainer.get("num_nodes", 1))
     require(
         sharing == 1 or asked >= ranks,
         f"rollout.engine.tensor_parallel={sharing}: {asked} evaluation prompts for {ranks} ranks, "

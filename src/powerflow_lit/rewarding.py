@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from powerflow_lit.models.logprobs import response_scores
+from powerflow_lit.models.sharding import agreed, is_sharded
 from powerflow_lit.objectives.inputs import masked_sum
 from powerflow_lit.rewards import SUPERVISED, RewardError, RewardInputs
 from powerflow_lit.rewards.inputs import Reward, checked_reward
@@ -68,15 +69,19 @@ class Rewarder:
             return list(trajectories)
         readers: dict[str, Callable[[], Tensor]] = {
             "answer_class": lambda: self._answer_classes(trajectories),
-            "self_certainty": lambda: self._self_certainty(module, trajectories),
             SUPERVISED: lambda: _correct(trajectories),
         }
+        reads, spread = self.reward.reads, is_sharded(module.policy)
+        # before the pass, which is one of all ranks where the policy is spread over them
+        read = {name: agreed(spread, readers[name]) for name in reads if name in readers}
+        if "self_certainty" in reads:
+            read["self_certainty"] = self._self_certainty(module, trajectories)
         inputs = RewardInputs(
             prompt_index=torch.tensor([t.group for t in trajectories]),
             lengths=torch.tensor([t.length for t in trajectories]),
             formatted=torch.tensor([t.formatted for t in trajectories]),
             truncated=torch.tensor([t.truncated for t in trajectories]),
-            read={name: readers[name]() for name in self.reward.reads},
+            read=read,
         )
         rewards = checked_reward(self.reward.function, inputs).tolist()
         return [replace(t, reward=r) for t, r in zip(trajectories, rewards, strict=True)]
@@ -128,7 +133,7 @@ class Rewarder:
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
                 logit_chunk_mb=self.settings.logit_chunk_mb,
                 certainty=True,
-                on_progress=count,
+                on_progress=None if is_sharded(module.policy) else count,
             )
         assert scores.certainty is not None
         total = masked_sum(scores.certainty.double(), batch.mask)

@@ -42,6 +42,11 @@ class RolloutSettings:
     tokens_per_microbatch: int  # of the scoring passes
     logit_chunk_mb: float  # float32 logits held at once in them, MB
     guard_min_p: float  # rollouts and log-probs keep to tokens of so much of the top one's; 0: all
+    shares_engine: bool  # whether several ranks hold an engine together
+
+    def in_step(self, model: Any) -> bool:
+        """Whether others would wait, in the middle of a refill, for a rank that goes astray."""
+        return self.shares_engine or is_sharded(model)
 
 
 class Scorer:
@@ -93,19 +98,18 @@ class Scorer:
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         if self.settings.guard_min_p > 0:
             return self._under_guard(module, engine, trajectories, refill, keep)
-        if self._early is None:
+        in_step, early = self.settings.in_step(module.policy), self._early
+        if early is None:
             log_p_base = self._base_log_probs(module, rows, "score")
         else:
-            log_p_base, self._early = self._early.results(), None
+            log_p_base, self._early = agreed(in_step, early.results), None
         if gap is None:
             few = trajectories[: self.settings.logp_gap_trajectories]
             ours = self._log_probs(module, module.policy, rows[: len(few)])
-            gap = agreed(
-                module.policy, lambda: self._compared(module, engine, few, ours, refill, keep)
-            )
+            gap = agreed(in_step, lambda: self._compared(module, engine, few, ours, refill, keep))
         else:  # the thread has added to it since it was checked
             found = gap
-            agreed(module.policy, lambda: self._refuse_gap(module, engine, found, refill))
+            agreed(in_step, lambda: self._refuse_gap(module, engine, found, refill))
         scored = [replace(t, log_p_base=b) for t, b in zip(trajectories, log_p_base, strict=True)]
         if keep == "none":  # not even those that were compared: a resumed run compares others
             nobody = [torch.full_like(t.log_p_base, torch.nan) for t in scored]
@@ -118,7 +122,7 @@ class Scorer:
             use_engine = not ranks.greatest(int(not use_engine))
         if not use_engine:
             own = self._log_probs(module, module.policy, rows)
-            self._refuse_non_finite(module, own, refill)
+            agreed(in_step, lambda: self._refuse_non_finite(module, own, refill))
             scored = [replace(t, log_p_old=o) for t, o in zip(scored, own, strict=True)]
         return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
 
@@ -175,12 +179,12 @@ class Scorer:
         """
         sampled = [t.log_p_old for t in few]
         known = not any(bool(row.isnan().any()) for row in sampled)
-        if known:
-            gap = self._gap(module, engine, ours, sampled, refill)
         if known and self.prompts_with_log_probs(keep, is_first=False) is None:
-            return gap
+            return self._gap(module, engine, ours, sampled, refill)
         rows = [(t.prompt_ids, t.response_ids) for t in few]
         theirs = [torch.tensor(row) for row in engine.score(rows)]
+        if known:
+            self._gap(module, engine, ours, sampled, refill)
         return self._gap(module, engine, ours, theirs, refill)
 
     def _under_guard(
@@ -201,7 +205,7 @@ class Scorer:
             self._refuse_non_finite(module, [g.log_prob_full for g in guarded], refill)
             return self._compared(module, engine, few, ours, refill, keep)
 
-        gap = agreed(module.policy, compared)
+        gap = agreed(self.settings.in_step(module.policy), compared)
         allowed = [g.allowed for g in guarded]
         with module.frozen.model() as base:
             log_p_base = self._log_probs(module, base, rows, "score", allowed)
@@ -261,19 +265,22 @@ class Scorer:
                 self._report(report, done, len(rows), 0)
 
         batch = TokenBatch.collate(rows, self.pad_id, allowed).to(module.device)
-        alone = not is_sharded(model)  # else a run that is asked to stop may not raise amid passes
+        # a run that is asked to stop may not raise amid passes of all ranks
+        in_step = self.settings.in_step(model)
         with module.trainer.precision_plugin.forward_context():
             scores = response_scores(
                 model,
                 batch,
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
                 logit_chunk_mb=self.settings.logit_chunk_mb,
-                on_progress=count if alone else None,
+                on_progress=None if in_step else count,
             )
-        if not alone:
-            agreed(model, lambda: count(len(rows)))
+        if in_step:
+            agreed(in_step, lambda: count(len(rows)))
         log_prob = scores.log_prob.float().cpu()
-        return [row[: len(response)] for row, (_, response) in zip(log_prob, rows, strict=True)]
+        # copies: a view would take the whole matrix along to other ranks and into checkpoints
+        found = zip(log_prob, rows, strict=True)
+        return [row[: len(response)].clone() for row, (_, response) in found]
 
     def _gap(
         self,

@@ -25,7 +25,7 @@ from powerflow_lit.config import conf_dir
 from powerflow_lit.config.checks import train_config
 from powerflow_lit.config.engines import engine_warning
 from powerflow_lit.config.launching import launch, typed_overrides
-from powerflow_lit.config.processes import devices_asked, rank_here, started
+from powerflow_lit.config.processes import rank_here, started
 from powerflow_lit.config.rules import require
 from powerflow_lit.config.schema import TrainConfig
 from powerflow_lit.config.secrets import hide_in_output
@@ -81,7 +81,8 @@ def _main(cfg: DictConfig) -> float | None:
         except Exception:
             # the other jobs go on, and SweepCallback lists this one at the end; a sweeper that
             # optimises must see the error itself
-            if not all_jobs_known(hydra_config):
+            among_others = started() is not None  # they are still in this job, not in the next
+            if among_others or not all_jobs_known(hydra_config):
                 raise
             return None
     with in_one_line():
@@ -108,9 +109,8 @@ def _job(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> float | Non
         return _headline(summary)
     try:
         config = train_config(cfg)
-        several = (devices_asked(config.trainer) or 2) * int(config.trainer.get("num_nodes", 1)) > 1
         require(
-            not several or started() is not None,
+            ranks_of(config) == 1 or started() is not None,
             "a multirun of jobs with several ranks needs a launcher that starts them all, as "
             "hydra/launcher=slurm does: or run each job by itself",
         )

@@ -40,7 +40,7 @@ from powerflow_lit.export import data_notes, export, model_card, push
 from powerflow_lit.health import warnings_of
 from powerflow_lit.interrupt import Stopped, StopSignals, StopWhereSafe
 from powerflow_lit.metrics_csv import MetricsCsv
-from powerflow_lit.models.sharding import is_sharded
+from powerflow_lit.models.sharding import agreed, is_sharded
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.monitor import Monitor
 from powerflow_lit.preflight import Parts, light_parts, ranks_of
@@ -132,7 +132,8 @@ def _run(
         path = str(point.path) if point else None
         with signals.deferred(), explained(lambda: how_to_go_on(run_dir)), watch:
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
-        signals.check()  # one that came after the last update
+        # one that came after the last update; ranks that share a model export it together
+        agreed(is_sharded(policy), signals.check)
         stopped_by = next((c.stopped_by for c in callbacks if isinstance(c, Monitor)), None)
         ending["status"] = "finished" if stopped_by is None else "diverged"
         if stopped_by is not None:

@@ -58,7 +58,8 @@ class Watch:
         self._over.set()
         self._take_over()
         several = self.lost is not None or (dist.is_initialized() and dist.get_world_size() > 1)
-        if isinstance(error, RuntimeError) and several and GONE.search(str(error)):
+        told = isinstance(error, MendableError)  # it says itself what is gone, e.g. a server
+        if isinstance(error, RuntimeError) and several and not told and GONE.search(str(error)):
             said = str(error).strip().partition("\n")[0]
             lost = self.lost or f"another rank has ended, or does not answer ({said})"
             raise LostRankError(self._said(lost)) from error

@@ -199,6 +199,7 @@ def test_powerflow_has_the_weight_of_eq_10_and_psi_and_others_only_by_definition
         (("rollout.overlap=true", "rollout.score_while_generating=true"), "generating=true with"),
         (("guard=min_p", "rollout.score_while_generating=true"), "min_p=0.05 with rollout.score"),
         (("trainer=fsdp", "rollout.score_while_generating=true"), "with trainer=fsdp: ranks make"),
+        (("trainer=fsdp", "rollout=vllm_server"), "rollout=vllm_server with trainer=fsdp"),
         (("model=hf",), "model.path"),
         (("model.prompt_route=poem",), "prompt_route=poem: choose one of auto, plain, chat"),
         (("model.base_dtype=int8",), "model.base_dtype=int8"),

@@ -75,7 +75,7 @@ def advantage_by_hand(batch: Ragged, i: int, kind: str, *, with_psi: bool = True
     if kind == "rloo":
         return of[i] - statistics.fmean(of[j] for j in group if j != i)
     centred = of[i] - statistics.fmean(of[j] for j in group)
-    spread = statistics.pstdev([of[j] for j in group])
+    spread = statistics.stdev([of[j] for j in group])
     return centred / (spread + 1e-6) if kind == "grpo" else centred
 
 

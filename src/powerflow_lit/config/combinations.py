@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from powerflow_lit.config.rules import one_of, require
 from powerflow_lit.config.schema import TrainConfig
@@ -22,7 +21,7 @@ def check_combinations(config: TrainConfig) -> None:
     _check_reward(config)
     _check_full_vocabulary(config)
     _check_tensor_parallel(config)
-    _check_spread(config.trainer)
+    _check_spread(config)
     precision = config.trainer.get("precision")
     require(
         not (config.optimizer.fused and str(precision) in SCALED_LOSS),
@@ -50,8 +49,9 @@ def check_combinations(config: TrainConfig) -> None:
     )
 
 
-def _check_spread(trainer: Mapping[str, Any]) -> None:
+def _check_spread(config: TrainConfig) -> None:
     """What spreads a model over devices does so in one way, in some precisions."""
+    trainer = config.trainer
     strategy, precision = trainer.get("strategy"), str(trainer.get("precision"))
     if isinstance(strategy, str):
         require(
@@ -64,6 +64,11 @@ def _check_spread(trainer: Mapping[str, Any]) -> None:
             precision not in SCALED_LOSS,
             f"trainer.precision={precision} with trainer=fsdp: a rank would see the infinities of "
             "its own part alone: take bf16-mixed",
+        )
+        require(
+            not str(config.rollout.engine.get("_target_")).endswith(".VllmServerEngine"),
+            "rollout=vllm_server with trainer=fsdp: servers are given weights by one rank, which "
+            "holds a part of them: take rollout=vllm, or trainer=ddp",
         )
 
 
@@ -159,7 +164,7 @@ def _check_log_p_old(config: TrainConfig) -> None:
         "may count is known when the policy has scored all of a refill: set one of them off",
     )
     strategy = config.trainer.get("strategy")
-    sharded = isinstance(strategy, Mapping) and "FullySharded" in str(strategy.get("_target_"))
+    sharded = isinstance(strategy, Mapping) and str(strategy.get("_target_")).endswith(SPREAD)
     require(
         not early or not sharded,
         "rollout.score_while_generating=true with trainer=fsdp: ranks make every pass together, "

@@ -174,7 +174,8 @@ def guarded_responses(
         )
         for row, (full_row, over_allowed, inside) in zip(part.rows.tolist(), pieces, strict=True):
             inside = inside.to(torch.device("cpu"))
-            found[row] = GuardedResponse(full_row.cpu(), over_allowed.cpu(), inside)
+            # copies: views would take all of the pass along to other ranks and into checkpoints
+            found[row] = GuardedResponse(full_row.cpu().clone(), over_allowed.cpu().clone(), inside)
     return [found[row] for row in range(len(found))]
 
 

@@ -84,13 +84,14 @@ def passes_of_all_ranks(model: nn.Module, passes: int) -> int:
     return ranks.greatest(passes) if is_sharded(model) else passes
 
 
-def agreed(model: nn.Module, work: Callable[[], Result]) -> Result:
-    """`work()`, which a rank does for itself between passes that all make together.
+def agreed(in_step: bool, work: Callable[[], Result]) -> Result:
+    """`work()`, which a rank does for itself between what it does together with others.
 
-    Of a model that is spread over ranks, what it raises on one is raised on all (`ranks.gathered`):
-    the others would wait in the next pass for ever. `work` must hold no such pass.
+    Where ranks are `in_step`, because they share a model or an engine, what it raises on one is
+    raised on all (`ranks.gathered`): the others would wait for its next pass for ever. `work` must
+    hold no pass of a shared model.
     """
-    if not is_sharded(model):
+    if not in_step:
         return work()
     results: list[Result] = []
     ranks.gathered(lambda: results.append(work()))

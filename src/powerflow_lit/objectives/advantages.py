@@ -16,8 +16,8 @@ def advantages(reward: Tensor, prompt_index: Tensor, kind: Advantage) -> Tensor:
     """(N,) rewards to (N,) advantages within each prompt's group.
 
     `rloo`: less the mean of the prompt's other rollouts (unbiased). `group`: less the group's mean
-    (Dr. GRPO). `grpo`: that, divided by the group's standard deviation + 1e-6 (DeepSeekMath; the
-    population's, of which a sample's is sqrt(G / (G - 1)) times as large in every group).
+    (Dr. GRPO). `grpo`: that, divided by the group's standard deviation + 1e-6 (DeepSeekMath; with
+    G - 1 in the denominator, as verl and TRL have it).
 
     Raises:
         ObjectiveError: another kind; a prompt with a single rollout, for `rloo`.
@@ -29,7 +29,10 @@ def advantages(reward: Tensor, prompt_index: Tensor, kind: Advantage) -> Tensor:
     centred = centre(reward, prompt_index)
     if kind == "group":
         return centred
-    return centred / (group_mean(centred.square(), prompt_index).sqrt() + 1e-6)
+    _, group, sizes = prompt_index.unique(return_inverse=True, return_counts=True)
+    size = sizes[group]
+    variance = group_mean(centred.square(), prompt_index) * size / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-6)
 
 
 def centre(reward: Tensor, prompt_index: Tensor) -> Tensor:
