@@ -55,9 +55,9 @@ class OtherEngineOnRankOne(HfEngine):
     """The same on one rank alone."""
 
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
-        factor = 1.0 + 0.05 * ranks.rank()
-        sharper = {k: v * (factor if "lm_head" in k else 1.0) for k, v in weights.items()}
-        super().sync(sharper, policy_version)
+        super().sync(weights, policy_version)
+        with torch.no_grad():  # its own, since the policy's may be parts of all ranks'
+            self._model.get_output_embeddings().weight.mul_(1.0 + 0.05 * ranks.rank())
 
 
 class CorruptingEngine(HfEngine):
