@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ from powerflow_lit.rollout.vllm_server_client import Server
 from powerflow_lit.rollout.vllm_server_facts import refuse_another_model, unsent_names
 from powerflow_lit.rollout.vllm_server_guard import LEFTOVERS
 from powerflow_lit.rollout.vllm_server_process import GUARD, OwnServer, serve_arguments
-from powerflow_lit.rollout.vllm_server_weights import DiskTransfer, own_address
+from powerflow_lit.rollout.vllm_server_weights import LOCK, DiskTransfer, own_address
 
 ENGINE = {
     "addresses": [], "servers": 1, "devices": [], "dtype": "float32", "max_num_seqs": 8,
@@ -172,6 +173,10 @@ def test_a_server_of_ours_that_does_not_start_says_why(spec: EngineSpec) -> None
     try:
         assert until(lambda: not own.is_running)
         assert "ended with 1: ValueError: no room for the cache (log: " in own.why()
+        own._command = [sys.executable, "-c", "raise SystemExit(255)"]
+        own.start()
+        assert until(lambda: not own.is_running)
+        assert own.why().startswith("ended with 255"), "which no signal is"
     finally:
         server.close()
     assert not own.folder.exists()
@@ -251,18 +256,66 @@ def test_the_file_of_weights_holds_all_of_them_and_no_older_one(tmp_path: Path) 
         assert found.keys() == weights.keys(), "tied ones under both names"
         for name, tensor in weights.items():
             assert torch.equal(found[name], tensor)
-    left = subprocess.Popen(["true"])
-    left.wait()
-    prefix = f"powerflow-weights-{socket.gethostname()}"
-    for pid in (left.pid, os.getpid()):
-        (tmp_path / "new" / f"{prefix}-{pid}-x").mkdir()
-    DiskTransfer(str(tmp_path / "new"), size=1).close()
+    living = DiskTransfer(str(tmp_path / "new"), size=1)
+    assert load_file(file).keys() == weights.keys(), "a run that lives keeps its own"
+    living.close()
     transfer.close()
-    kept = [path.name for path in (tmp_path / "new").iterdir()]
-    assert kept == [f"{prefix}-{os.getpid()}-x"], "of a run that was killed nothing stays"
+    assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(EngineError, match=r"weights_dir=.*file.*: cannot be written to"):
         DiskTransfer(str(tmp_path / "file" / "below"), size=1)
+
+
+def test_weights_of_a_run_that_was_killed_are_dropped_by_the_next(tmp_path: Path) -> None:
+    """Whatever its process id, which in another container means another process."""
+    folder = tmp_path / f"powerflow-weights-{socket.gethostname()}-x"
+    folder.mkdir()
+    run = (
+        "import fcntl, sys, time\n"
+        "lock = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", run, str(folder / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        DiskTransfer(str(tmp_path), size=1).close()
+        assert folder.is_dir(), "it lives"
+        process.kill()
+    DiskTransfer(str(tmp_path), size=1).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_find_no_room_are_named_with_the_remedy(tmp_path: Path) -> None:
+    transfer = DiskTransfer(str(tmp_path), size=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(
+            EngineError, match=r"cannot be written .* set rollout\.engine\.weights_dir"
+        ):
+            transfer.take({"weight": torch.zeros(1000)}, "run:1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        transfer.close()
+
+
+def test_devices_are_counted_as_the_run_itself_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(*devices: int | str) -> str:
+        own = OwnServer([], devices=devices, kv_cache_gb=1)
+        own.remove()
+        return own._environment["CUDA_VISIBLE_DEVICES"]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert seen(1, 2) == "1,2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5e")
+    assert seen(1) == "GPU-5e"
+    assert seen(1, 0) == "GPU-5e,4"
+    assert seen("GPU-7a") == "GPU-7a"
+    with pytest.raises(EngineError, match=r"devices=\[2\]: there is no device 2, CUDA_V.* shows 2"):
+        seen(2)
 
 
 def test_ranks_share_servers_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

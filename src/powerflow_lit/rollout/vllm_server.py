@@ -245,8 +245,10 @@ class VllmServerEngine:
             raise EngineError("generate before the first sync: the servers' weights are random")
         try:
             pool.ask(bodies, on_progress, on_answer, at_once=min(at_once, CONNECTIONS))
-        except LostWeightsError:
-            self.policy_version, self._is_lost = -1, True
+        except BaseException as error:
+            # also where it was broken off while the last of them was brought back
+            if isinstance(error, LostWeightsError) or not pool.at_work:
+                self.policy_version, self._is_lost = -1, True
             raise
         finite: list[bool] = []
         for server in pool.at_work:

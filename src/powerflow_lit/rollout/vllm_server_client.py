@@ -51,7 +51,7 @@ class Server:
     def session(self) -> httpx.AsyncClient:
         """Connections for many requests at once, of the event loop that it is used in."""
         limits = httpx.Limits(
-            max_connections=CONNECTIONS,
+            max_connections=CONNECTIONS + 1,  # one to ask whether it is well
             max_keepalive_connections=CONNECTIONS,
             keepalive_expiry=KEPT_S,
         )
@@ -60,9 +60,10 @@ class Server:
 
     def is_up(self) -> bool:
         """Whether it says that it is well."""
-        return self._ails() is None
+        return self.ails() is None
 
-    def _ails(self) -> str | None:
+    def ails(self) -> str | None:
+        """None where it says that it is well, else what it does."""
         try:
             found = self._calls.get("/health", timeout=PROBE_S)
         except httpx.TransportError:
@@ -78,7 +79,7 @@ class Server:
             ServerDownError: not within this time, or it is ours and has ended.
         """
         deadline = time.monotonic() + seconds
-        while (ails := self._ails()) is not None:
+        while (ails := self.ails()) is not None:
             if self.process is not None and not self.process.is_running:
                 raise ServerDownError(self.process.why())
             if stop():
@@ -101,8 +102,8 @@ class Server:
         """A call's answer, within `request_s` or another time.
 
         Raises:
-            ServerDownError: it cannot be reached, or is breaking down.
-            EngineError: it refuses the call, in its words.
+            ServerDownError: it cannot be reached, is breaking down or silent.
+            EngineError: it refuses the call, in its words, or takes too long.
         """
         timeout: Any = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         return self._called(lambda: self._calls.post(path, json=body, timeout=timeout), path)
@@ -115,12 +116,19 @@ class Server:
         """The label of its weights; `default` where it has those of its start."""
         return str(self.get("/weight_info")["weight_version"])
 
+    async def is_well(self, session: httpx.AsyncClient) -> bool:
+        """As `is_up`, for the event loop of the session."""
+        try:
+            return (await session.get("/health", timeout=PROBE_S)).is_success
+        except httpx.TransportError:
+            return False
+
     async def generate(self, session: httpx.AsyncClient, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request for responses or scores.
 
         Raises:
             ServerDownError: it is gone, or its weights are others than it was given last.
-            EngineError: it refuses the request, or takes too long.
+            EngineError: it refuses the request, or takes too long although it is well.
             NonFiniteRolloutError: log-probs are not numbers.
         """
         try:
@@ -128,7 +136,7 @@ class Server:
         except httpx.ConnectTimeout as error:
             raise ServerDownError("it cannot be reached") from error
         except httpx.TimeoutException as error:
-            raise self._too_slow() from error
+            raise self._silent(is_well=await self.is_well(session)) from error
         except httpx.TransportError as error:
             raise ServerDownError(str(error) or type(error).__name__) from error
         for choice in answer["choices"]:
@@ -166,7 +174,7 @@ class Server:
         except httpx.ConnectTimeout as error:
             raise ServerDownError("it cannot be reached") from error
         except httpx.TimeoutException as error:
-            raise self._too_slow() from error
+            raise self._silent(is_well=self.is_up()) from error
         except httpx.TransportError as error:
             raise ServerDownError(str(error) or type(error).__name__) from error
 
@@ -188,7 +196,9 @@ class Server:
             raise ServerDownError(f"it breaks down: {said}")
         raise EngineError(f"{self.name} refuses {path} ({status}): {said}")
 
-    def _too_slow(self) -> EngineError:
+    def _silent(self, *, is_well: bool) -> EngineError | ServerDownError:
+        if not is_well:
+            return ServerDownError(f"it gave no answer for {self._request_s:.0f} s and is not well")
         return EngineError(
             f"{self.name} gave no answer for {self._request_s:.0f} s: look at its log, or raise "
             "rollout.engine.request_s"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from powerflow_lit.rollout.engine import EngineError
+from powerflow_lit.rollout.engine import EngineError, LostWeightsError
 from powerflow_lit.rollout.vllm_server_client import Server, ServerDownError
 from powerflow_lit.rollout.vllm_server_weights import Transfer
 
 POLL_S = 0.05  # between two looks at what is finished
-RESTARTS = 3  # of a server of ours that gives no answer in between
+LOSSES = 3  # of a server that gives no answer in between; the next is one too many
+WATCH_S = 10.0  # between two looks at whether a machine is still there
+SILENT = 6  # such looks in vain, one after the other: it is not
 
 Answer = dict[str, Any]
 
@@ -65,7 +68,7 @@ class Pool:
     ) -> None:
         self.servers, self._transfer, self._look_at = servers, transfer, look_at
         self._start_s, self._wait_s = start_s, wait_s
-        self._restarts: dict[str, int] = {}
+        self._losses: dict[str, int] = {}  # since its last answer
 
     @property
     def at_work(self) -> list[Server]:
@@ -75,7 +78,7 @@ class Pool:
     def give_weights(self) -> None:
         """The weights that the transfer has taken, to every server that is there.
 
-        Ours are started again where they have ended; of others one at least is waited for.
+        Ours are started again where they have ended; of others the first to be back is waited for.
 
         Raises:
             EngineError: none is left, or one cannot take them.
@@ -83,8 +86,10 @@ class Pool:
         lost: dict[Server, str] = {}
 
         def give(server: Server) -> None:
-            server.label = None
+            last, server.label = server.label, None
             try:
+                if server.holds() != last:  # it was started anew, perhaps as something else
+                    self._look_at(server)
                 self._transfer.give(server)
             except ServerDownError as error:
                 lost[server] = str(error)
@@ -95,11 +100,13 @@ class Pool:
         else:
             with ThreadPoolExecutor(max(len(self.servers), 1)) as threads:
                 list(threads.map(give, self.servers))
-        for server, why in sorted(lost.items(), key=lambda pair: pair[0].process is None):
-            if server.process is None and self.at_work:
-                print(f"warning: {server.name} is left out until the next refill: {why}")
-            else:
-                self._bring_back(server, why, threading.Event())
+        for server in [server for server in lost if server.process is not None]:
+            self._bring_back(server, lost.pop(server), threading.Event())
+        lost = {server: lost[server] for server in self.servers if server in lost}  # in their order
+        if lost and not self.at_work:
+            self._await_first(lost)
+        for server, why in lost.items():
+            print(f"warning: {server.name} is left out until the next refill: {why}", flush=True)
 
     def ask(
         self,
@@ -119,6 +126,7 @@ class Pool:
 
         Raises:
             EngineError: no server is left, or one refuses a request.
+            LostWeightsError: none has the weights, or see `Transfer.give`.
         """
         job = _Job(bodies, deque(range(len(bodies))))
         asyncio.run(self._ask(job, on_progress, on_answer, at_once))
@@ -139,7 +147,8 @@ class Pool:
         share = math.ceil(len(job.bodies) / max(len(servers), 1))  # none takes all at the start
         runs = [asyncio.create_task(self._run(s, job, at_once, share)) for s in servers]
         try:
-            going, gone = set(runs), ServerGoneError("no server has the policy's weights")
+            going = set(runs)
+            gone: EngineError = LostWeightsError("no server has the policy's weights")
             while not job.is_done or job.fresh:
                 if not going and not job.is_done:
                     raise gone
@@ -178,8 +187,13 @@ class Pool:
                 lost: list[str] = []
                 try:
                     async with asyncio.TaskGroup() as group:
-                        for _ in range(slots):
+                        tasks = [
                             group.create_task(self._slot(server, session, job, lost))
+                            for _ in range(slots)
+                        ]
+                        watch = group.create_task(self._watch(server, session, tasks, lost))
+                        await asyncio.wait(tasks)
+                        watch.cancel()
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
                 if lost:
@@ -194,13 +208,63 @@ class Pool:
                 job.waiting.appendleft(index)
                 lost.append(str(error))
                 return
-            self._restarts.pop(server.name, None)
+            except asyncio.CancelledError:
+                job.waiting.appendleft(index)
+                raise
+            self._losses.pop(server.name, None)
+
+    async def _watch(
+        self, server: Server, session: Any, tasks: Sequence[asyncio.Task[None]], lost: list[str]
+    ) -> None:
+        """End the requests of a machine that has vanished: its connections stay open for ever.
+
+        A server of ours cannot vanish so: its end closes them.
+        """
+        silent = 0
+        while server.process is None:
+            await asyncio.sleep(WATCH_S)
+            silent = 0 if await server.is_well(session) else silent + 1
+            if silent == SILENT:
+                lost.append(f"asked for its health {SILENT} times, it did not answer")
+                for task in tasks:
+                    task.cancel()
+                return
+
+    def _await_first(self, lost: dict[Server, str]) -> None:
+        """Give the weights to whichever of these servers, at addresses all, is back first.
+
+        It is `lost` no longer then.
+
+        Raises:
+            ServerGoneError: none comes back.
+        """
+        for server, why in lost.items():
+            self._transfer.forget(server)
+            print(f"warning: {self._waited_for(server, why)}", flush=True)
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            for server in lost:
+                try:
+                    if (ails := server.ails()) is not None:
+                        raise ServerDownError(ails)
+                    self._look_at(server)
+                    self._transfer.give(server)
+                except ServerDownError as error:
+                    lost[server] = str(error)
+                else:
+                    del lost[server]
+                    return
+            if time.monotonic() > deadline:
+                after = f", after {self._wait_s:.0f} s"
+                each = [f"{server.name} is lost: {why}{after}" for server, why in lost.items()]
+                raise ServerGoneError("; ".join(each))
+            time.sleep(POLL_S)
 
     def _bring_back(self, server: Server, why: str, over: threading.Event) -> None:
         """Wait for a server that is gone, ours started again, and give it the weights.
 
         Raises:
-            ServerGoneError: it does not come back.
+            ServerGoneError: it does not come back, or is lost again and again.
             LostWeightsError: see `Transfer.give`.
         """
         server.label = None
@@ -223,20 +287,29 @@ class Pool:
         Raises:
             ServerGoneError: that was done a few times in vain.
         """
-        if server.process is None:
-            return f"{server.name} is waited for, up to {self._wait_s:.0f} s: {why}"
-        if server.process.is_running and server.is_up():
-            return f"{server.name} is given its weights again: {why}"
-        if server.process.is_running and server.process.is_starting:
+        own, is_up = server.process, server.is_up()
+        if own is not None and own.is_running and own.is_starting and not is_up:
             return f"{server.name} is waited for: it is starting"
-        server.process.settle()
-        died = server.process.why()
-        self._restarts[server.name] = self._restarts.get(server.name, 0) + 1
-        if self._restarts[server.name] > RESTARTS:
-            raise ServerGoneError(f"{server.name} {died}, {RESTARTS + 1} times in a row")
-        server.process.stop()
-        server.process.start()
+        self._losses[server.name] = self._losses.get(server.name, 0) + 1
+        is_over = self._losses[server.name] > LOSSES
+        if own is None or (own.is_running and is_up):
+            if is_over:
+                raise ServerGoneError(
+                    f"{server.name} was lost {LOSSES + 1} times in a row before it gave an answer "
+                    f"({why}): a server serves one run at a time, does another use it?"
+                )
+            again = f"{server.name} is given its weights again: {why}"
+            return again if is_up else self._waited_for(server, why)
+        own.settle()
+        died = own.why()
+        if is_over:
+            raise ServerGoneError(f"{server.name} {died}, {LOSSES + 1} times in a row")
+        own.stop()
+        own.start()
         return f"{server.name} {died} and is started again"
+
+    def _waited_for(self, server: Server, why: str) -> str:
+        return f"{server.name} is waited for, up to {self._wait_s:.0f} s: {why}"
 
 
 class ServerGoneError(EngineError):

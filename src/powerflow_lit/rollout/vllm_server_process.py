@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from powerflow_lit.rollout import vllm_server_guard
-from powerflow_lit.rollout.engine import EngineSpec
+from powerflow_lit.rollout.engine import EngineError, EngineSpec
 
 WORKER = "powerflow_lit.rollout.vllm_server_worker.PolicyWorker"
 GUARD = Path(vllm_server_guard.__file__)
@@ -27,6 +27,7 @@ GUARD = Path(vllm_server_guard.__file__)
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 ERROR = re.compile(r"Error\b|\berror:")
 SETTLE_S = 5.0
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 LONGEST_LINE = 300  # characters of its log that a message shows
 NCCL = {"backend": "nccl"}
 NCCL_ARGUMENT = ("--weight-transfer-config", json.dumps(NCCL))
@@ -100,17 +101,21 @@ class OwnServer:
 
     Args:
         arguments: of `vllm serve`, without the address.
-        devices: the CUDA devices that it sees; all where there are none.
+        devices: the CUDA devices that it sees, as this process counts them or by their names; all
+            where there are none.
         kv_cache_gb: key-value cache on the CPU, GB.
+
+    Raises:
+        EngineError: this process does not see such a device.
     """
 
     def __init__(
         self, arguments: Sequence[str], *, devices: Sequence[int | str], kv_cache_gb: int
     ) -> None:
+        self._environment = _environment(devices, kv_cache_gb)
         self.folder = Path(tempfile.mkdtemp(prefix="powerflow-"))  # for this user alone
         self.socket, self.log = self.folder / "socket", self.folder / "log"
         self._command = [*SERVE, *arguments, "--uds", str(self.socket)]
-        self._environment = _environment(devices, kv_cache_gb)
         self._process: subprocess.Popen[bytes] | None = None
         self.is_starting = False  # was not up yet
 
@@ -161,11 +166,25 @@ class OwnServer:
         code = None if self._process is None else self._process.poll()
         if code is None:
             state = "is not up"
-        elif code > 128:
+        elif code - 128 in list(signal.Signals):  # a command may end with 255 by itself
             state = f"was ended by {signal.Signals(code - 128).name}"
         else:
             state = f"ended with {code}"
         return f"{state}{f': {said[:LONGEST_LINE]}' if said else ''} (log: {self.log})"
+
+
+def _names(devices: Sequence[int | str], visible: str | None) -> list[str]:
+    """Of devices, as a process names them that sees only those in `visible`, or all."""
+    if visible is None:
+        return [str(device) for device in devices]
+    seen = [name.strip() for name in visible.split(",") if name.strip()]
+    for device in devices:
+        if isinstance(device, int) and not 0 <= device < len(seen):
+            raise EngineError(
+                f"rollout.engine.devices={list(devices)}: there is no device {device}, "
+                f"{VISIBLE}={visible} shows {len(seen)}, counted from 0"
+            )
+    return [seen[device] if isinstance(device, int) else device for device in devices]
 
 
 def _environment(devices: Sequence[int | str], kv_cache_gb: int) -> dict[str, str]:
@@ -175,7 +194,7 @@ def _environment(devices: Sequence[int | str], kv_cache_gb: int) -> dict[str, st
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gb))
     if devices:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        env[VISIBLE] = ",".join(_names(devices, env.get(VISIBLE)))
     if not torch.cuda.is_available():
         # the worker in the engine's own process: one import of torch less, and no cores of its own,
         # which two servers would take from each other

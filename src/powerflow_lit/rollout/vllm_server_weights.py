@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from powerflow_lit.rollout.vllm_server_worker import WEIGHTS
 
 CLOSE_S = 10.0  # for the end of an update that has failed
 MEMORY = Path("/dev/shm")  # a file system in memory
+LOCK = "lock"  # held by the run whose folder it is
 
 
 class Transfer(Protocol):
@@ -85,7 +88,8 @@ class DiskTransfer:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             _drop_leftovers(parent, prefix)
-            self.folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock = _locked(self.folder)
         except OSError as error:
             raise EngineError(
                 f"rollout.engine.weights_dir={folder}: cannot be written to ({error.strerror})"
@@ -100,13 +104,14 @@ class DiskTransfer:
             # the file cannot hold one tensor under two names
             own[name] = held.clone() if held.data_ptr() in places else held
             places.add(held.data_ptr())
-        for old in self.folder.iterdir():  # nobody reads them any more
-            shutil.rmtree(old, ignore_errors=True)
+        for old in self.folder.iterdir():
+            if old.is_dir():  # weights that nobody reads any more
+                shutil.rmtree(old, ignore_errors=True)
         place = self._place(label)
         try:
             place.mkdir()
             save_file(own, place / WEIGHTS)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise EngineError(
                 f"the policy's weights cannot be written to {place} ({error}): set "
                 "rollout.engine.weights_dir to a folder with room for them"
@@ -133,6 +138,9 @@ class DiskTransfer:
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _place(self, label: str) -> Path:
         return self.folder / label.replace(":", "-")
@@ -144,11 +152,26 @@ def roomy_folder(size: int) -> Path:
     return MEMORY if roomy else Path(tempfile.gettempdir())
 
 
+def _locked(folder: Path) -> int | None:
+    """A file of the folder that is locked for as long as this process lives, as it is open."""
+    made = folder / f"{LOCK}.new"
+    lock = os.open(made, os.O_RDWR | os.O_CREAT, 0o600)
+    with suppress(OSError):  # a file system without locks: then nobody drops the folder
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.rename(folder / LOCK)  # under this name it was never unlocked
+        return lock
+    os.close(lock)
+    return None
+
+
 def _drop_leftovers(parent: Path, prefix: str) -> None:
-    """Weights of runs of this machine that were killed."""
+    """Weights of runs of this machine that were killed.
+
+    By their locks, not by process ids: those of another container mean nothing here.
+    """
     for old in parent.glob(f"{prefix}*"):
-        pid = old.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+        with suppress(OSError), (old / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -194,7 +217,7 @@ class NcclTransfer:
             sent = True
         finally:
             if not sent:  # the group is of no use any more, and the update is still open
-                del self._engines[server.name]
+                self.forget(server)
                 with suppress(EngineError, ServerDownError):
                     server.post("/finish_weight_update", timeout_s=CLOSE_S)
 
