@@ -57,7 +57,8 @@ def ragged() -> TrajectoryBatch:
     data = batch()
     few = torch.arange(10)
     named = {n: getattr(data, n) for n in data.__dataclass_fields__ if n != "tokens"}
-    return TrajectoryBatch(tokens=data.tokens.rows(few), **{n: t[:10] for n, t in named.items()})
+    first = {n: None if t is None else t[:10] for n, t in named.items()}
+    return TrajectoryBatch(tokens=data.tokens.rows(few), **first)
 
 
 def made(case: str) -> PowerFlowModule:

@@ -71,7 +71,7 @@ def test_help_says_what_can_be_set(command: str) -> None:
         return
     shown = help_of(command).out
     assert "== Config ==" in shown
-    assert "strategy: la_tb, powerflow, rl_token" in shown  # a group of conf/ and its choices
+    assert "strategy: dr_grpo, empo, flowrl" in shown  # a group of conf/ and its choices
     assert "experiment/calibrate: qwen2.5_1.5b," in shown  # one below another
 
 

@@ -325,8 +325,7 @@ def test_the_command_plans_from_a_config_alone(
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
     settings = (
         "experiment=paper/qwen2.5_math_7b_reasoning", f"model.path={tmp_path}",
-        "model.estimate_only=true", "trainer.devices=8", "+trainer.num_nodes=2",
-        "+trainer.strategy=fsdp",
+        "model.estimate_only=true", "trainer=fsdp", "trainer.devices=8", "trainer.num_nodes=2",
     )  # fmt: skip
     check_memory(checked(*settings, "device=h100", "rollout.engine.sleep=true"))
     said = capsys.readouterr().out
