@@ -52,7 +52,10 @@ class EarlyScores:
         Raises:
             Exception: what a pass has raised.
         """
-        return [row for _, part in sorted(self._parts.items()) for row in part.result()]
+        try:
+            return [row for _, part in sorted(self._parts.items()) for row in part.result()]
+        finally:
+            self._thread.shutdown()
 
     def __enter__(self) -> EarlyScores:
         return self

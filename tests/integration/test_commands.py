@@ -107,6 +107,7 @@ def test_a_multirun_runs_every_job_in_one_process(tmp_path: Path) -> None:
     assert len(wandb_ids) == jobs, "each job has a W&B run of its own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choices",
     [

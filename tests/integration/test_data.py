@@ -115,6 +115,7 @@ def test_a_qwen2_chat_model_trains_on_questions_in_verls_format(tmp_path: Path) 
     assert summary["final"]["val/pass@1"] == 0, "random weights"
 
 
+@pytest.mark.slow
 def test_a_llama_chat_model_trains_on_creative_prompts(tmp_path: Path) -> None:
     files = creative_files(tmp_path)
     _, summary = trained(

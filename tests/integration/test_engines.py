@@ -75,7 +75,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["vllm", "hf", "vllm_server"])
+@pytest.fixture(
+    params=[
+        "vllm",
+        "hf",
+        pytest.param("vllm_server", marks=pytest.mark.faults),
+    ]  # its start is slow
+)
 def engine(request: pytest.FixtureRequest, policy: PreTrainedModel) -> Iterator[RolloutEngine]:
     make = {"vllm": vllm_engine, "hf": hf_engine, "vllm_server": vllm_server}[request.param]
     built = make(policy, folder_of("tiny"))
@@ -208,6 +214,7 @@ def test_a_tied_output_layer_is_synced_too_whatever_the_number_of_threads(tmp_pa
         engine.close()
 
 
+@pytest.mark.faults
 def test_the_trainer_is_as_it_was_while_vllm_works_and_after() -> None:
     """Its process group too: closing an engine destroys it unless that is prevented."""
     ran = subprocess.run(

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_study_writes_its_files_and_total_variation_falls_on_all_strings(
     tmp_path: Path,
 ) -> None:

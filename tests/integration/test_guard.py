@@ -28,7 +28,7 @@ def buffer_of(run: Path) -> dict[int, list[dict[str, Any]]]:
     return refills
 
 
-@pytest.mark.parametrize("engine", ["vllm", "hf"])
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.slow), "hf"])
 def test_an_engine_samples_what_the_trainer_allows_and_the_run_learns_from_it(
     tmp_path: Path, engine: str
 ) -> None:

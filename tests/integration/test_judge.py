@@ -58,6 +58,7 @@ PIECES = [
 ]
 
 
+@pytest.mark.slow
 def test_free_replies_of_a_poor_judge_are_failures_and_are_asked_for_once(
     server: VllmServer, tmp_path: Path
 ) -> None:

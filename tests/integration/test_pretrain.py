@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_instruct"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny_instruct", marks=pytest.mark.slow)])
 def test_pretraining_is_reproducible_to_the_bit(tmp_path: Path, name: str) -> None:
     for folder in ("one", "two"):
         command = [sys.executable, "-m", "powerflow_lit.pretrain", f"embedded={name}"]

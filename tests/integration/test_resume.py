@@ -24,7 +24,7 @@ from tests.faults.runs import (
 )
 
 
-@pytest.mark.parametrize("engine", ["vllm", "hf"])
+@pytest.mark.parametrize("engine", ["vllm", pytest.param("hf", marks=pytest.mark.faults)])
 def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) -> None:
     settings = (*QUICK, f"rollout={engine}")
     finish(tmp_path, *settings, "run_dir=whole")
@@ -33,6 +33,7 @@ def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) 
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
+@pytest.mark.faults
 def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> None:
     process = start(tmp_path, *QUICK, "rollout=hf", "refills=500", "run_dir=run", "logger=wandb")
     until_line(process, "refill   3/500")

@@ -86,7 +86,9 @@ def test_a_mistyped_value_is_one_line_and_stops_no_other_job(tmp_path: Path) -> 
     assert "Traceback" not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("launcher", ["processes", "submitit_local"])
+@pytest.mark.parametrize(
+    "launcher", ["processes", pytest.param("submitit_local", marks=pytest.mark.slow)]
+)
 def test_other_launchers_run_every_job(tmp_path: Path, launcher: str) -> None:
     chosen = (f"hydra/launcher={launcher}", "epsilon=0.1,0.3", *FAST)
     result = subprocess.run([*COMMAND, *chosen], cwd=tmp_path, capture_output=True, text=True)
