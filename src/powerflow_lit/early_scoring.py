@@ -9,9 +9,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from powerflow_lit.rollout.engine import Row
 from powerflow_lit.types import Completion
 
-Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 Score = Callable[[Sequence[Row]], list[Tensor]]  # log-probs of each response, (L,) nats
 
 
@@ -40,11 +40,6 @@ class EarlyScores:
             self._parts[number].cancel()
         rows = [(self._prompts[number], c.token_ids) for c in group]
         self._parts[number] = self._thread.submit(self._score, rows)
-
-    @property
-    def finished(self) -> int:
-        """Prompts that are scored by now."""
-        return sum(part.done() for part in self._parts.values())
 
     def results(self) -> list[Tensor]:
         """Log-probs of all responses in the order of the prompts, as soon as they are there.

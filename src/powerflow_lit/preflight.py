@@ -111,8 +111,8 @@ def check_device(config: TrainConfig) -> None:
         built = torch.version.cuda or getattr(torch.version, "hip", None)
         why = "torch sees no GPU here" if built else "this torch is built for the CPU"
         raise ConfigError(
-            f"trainer.accelerator={accelerator}: {why}: take trainer=cpu (powerflow-doctor says "
-            "what is installed)"
+            f"trainer.accelerator={accelerator}: {why}: take trainer=cpu, or with several ranks "
+            "trainer.accelerator=cpu (powerflow-doctor says what is installed)"
         )
     if accelerator == "mps":
         require(

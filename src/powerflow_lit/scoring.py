@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 
 from powerflow_lit import ranks
-from powerflow_lit.early_scoring import EarlyScores, Row
+from powerflow_lit.early_scoring import EarlyScores
 from powerflow_lit.models.guard import removed_mass
 from powerflow_lit.models.logprobs import GuardedResponse, guarded_responses, response_scores
 from powerflow_lit.models.sharding import agreed, is_sharded
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.rollout import EngineError, RolloutEngine
-from powerflow_lit.rollout.engine import NonFiniteRolloutError, OnFinished
+from powerflow_lit.rollout.engine import NonFiniteRolloutError, OnFinished, Row
 from powerflow_lit.rollout.metrics import log_prob_gap
 from powerflow_lit.tasks.base import mean
 from powerflow_lit.types import AllowedTokens, TokenBatch, Trajectory

@@ -30,6 +30,15 @@ class Sampling:
     seed: int = 0
     log_probs: int | None = None  # prompts, from the first on, with log-probs; None is all of them
 
+    @property
+    def distinct(self) -> int:
+        """Samples of a prompt that may differ; greedy ones are copies of one."""
+        return 1 if self.temperature == 0 else self.samples_per_prompt
+
+    def wants_log_probs(self, prompt: int) -> bool:
+        """Whether the responses to the prompt of this number come with log-probs."""
+        return self.log_probs is None or prompt < self.log_probs
+
 
 @dataclass(frozen=True)
 class Completion:

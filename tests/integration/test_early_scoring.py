@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from powerflow_lit.early_scoring import EarlyScores, Row
+from powerflow_lit.early_scoring import EarlyScores
+from powerflow_lit.rollout.engine import Row
 from powerflow_lit.rollout.hf_engine import HfEngine
 from powerflow_lit.scoring import Scorer
 from powerflow_lit.types import Completion

@@ -16,6 +16,7 @@ from powerflow_lit.types import Completion, Sampling
 
 # Samples of one prompt take seeds s, s+1, ...: prompts must be further apart than that.
 SEED_STRIDE = 4096
+Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 OnFinished = Callable[[int, Sequence[Completion]], None]
 
 
@@ -108,7 +109,7 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    def score(self, rows: Sequence[Row]) -> list[list[float]]:
         """Log-probs (nats) of given responses after given prompts, one list a row.
 
         A row that fills the model's whole context may lack its last token.

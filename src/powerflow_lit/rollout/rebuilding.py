@@ -14,10 +14,10 @@ from powerflow_lit.rollout.engine import (
     NonFiniteRolloutError,
     OnFinished,
     RolloutEngine,
+    Row,
 )
 from powerflow_lit.types import Completion, Sampling
 
-Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 Answer = TypeVar("Answer")
 
 
@@ -177,7 +177,7 @@ class RebuildingEngine:
 
     def _refuse_torn(self, groups: Sequence[Sequence[Completion]], sampling: Sampling) -> None:
         for number, group in enumerate(groups):
-            asked = sampling.log_probs is None or number < sampling.log_probs
+            asked = sampling.wants_log_probs(number)
             for completion in group:
                 tokens, log_probs = len(completion.token_ids), len(completion.log_probs)
                 if tokens == 0 or (asked and tokens != log_probs):

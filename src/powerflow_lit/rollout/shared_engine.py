@@ -22,12 +22,12 @@ from powerflow_lit.rollout.engine import (
     EngineError,
     OnFinished,
     RolloutEngine,
+    Row,
     refuse_ranks,
 )
 from powerflow_lit.types import Completion, Sampling
 
 Answer = TypeVar("Answer")
-Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 
 
 def engine_group(size: int) -> Any:
@@ -100,9 +100,8 @@ class SharedEngine:
             )
         )
         own = self._own(answers, counts)
-        wanted = len(own) if sampling.log_probs is None else sampling.log_probs
         groups = [
-            group if number < wanted else [replace(c, log_probs=()) for c in group]
+            group if sampling.wants_log_probs(number) else [replace(c, log_probs=()) for c in group]
             for number, group in enumerate(own)
         ]
         for number, group in enumerate(groups):

@@ -189,9 +189,8 @@ class VllmEngine:
     ) -> list[list[Completion]]:
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
         # vLLM refuses several greedy samples of a prompt, which would be copies
-        distinct = 1 if sampling.temperature == 0 else sampling.samples_per_prompt
+        distinct = sampling.distinct
         copies = sampling.samples_per_prompt // distinct
-        with_log_probs = len(prompts) if sampling.log_probs is None else sampling.log_probs
         requests = [
             (
                 list(prompt),
@@ -203,7 +202,7 @@ class VllmEngine:
                     max_tokens=limit,
                     seed=sampling.seed + SEED_STRIDE * index,
                     stop_token_ids=list(self._eos_ids),
-                    logprobs=0 if index < with_log_probs else None,
+                    logprobs=0 if sampling.wants_log_probs(index) else None,
                     detokenize=False,
                     output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
                 ),

@@ -162,9 +162,8 @@ class VllmServerEngine:
         on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
-        distinct = 1 if sampling.temperature == 0 else sampling.samples_per_prompt
+        distinct = sampling.distinct
         copies = sampling.samples_per_prompt // distinct
-        with_log_probs = len(prompts) if sampling.log_probs is None else sampling.log_probs
         # a server takes no more samples in a request than it decodes at once
         most = min(int(server.facts["max_num_seqs"]) for server in self._servers)
         bodies: list[dict[str, Any]] = []
@@ -183,7 +182,7 @@ class VllmServerEngine:
                         # samples of a request take the seeds from its own on, one by one
                         seed=sampling.seed + SEED_STRIDE * index + first,
                         stop_token_ids=list(self._spec.eos_ids),
-                        logprobs=0 if index < with_log_probs else None,
+                        logprobs=0 if sampling.wants_log_probs(index) else None,
                     )
                 )
         parts: dict[int, dict[int, dict[str, Any]]] = {index: {} for index in range(len(prompts))}
