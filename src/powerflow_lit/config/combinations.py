@@ -70,6 +70,11 @@ def _check_spread(config: TrainConfig) -> None:
             "rollout=vllm_server with trainer=fsdp: servers are given weights by one rank, which "
             "holds a part of them: take rollout=vllm, or trainer=ddp",
         )
+        require(
+            not config.rollout.score_while_generating,
+            "rollout.score_while_generating=true with trainer=fsdp: ranks make every pass "
+            "together, and their prompts finish at different times: take trainer=ddp or set it to false",
+        )
 
 
 def check_monitor(config: TrainConfig) -> None:
@@ -162,13 +167,6 @@ def _check_log_p_old(config: TrainConfig) -> None:
         not early or config.guard.min_p == 0,
         f"guard.min_p={config.guard.min_p} with rollout.score_while_generating=true: what the base "
         "may count is known when the policy has scored all of a refill: set one of them off",
-    )
-    strategy = config.trainer.get("strategy")
-    sharded = isinstance(strategy, Mapping) and str(strategy.get("_target_")).endswith(SPREAD)
-    require(
-        not early or not sharded,
-        "rollout.score_while_generating=true with trainer=fsdp: ranks make every pass together, "
-        "and their prompts finish at different times: take trainer=ddp or set it to false",
     )
 
 
