@@ -73,7 +73,8 @@ def _check_spread(config: TrainConfig) -> None:
         require(
             not config.rollout.score_while_generating,
             "rollout.score_while_generating=true with trainer=fsdp: ranks make every pass "
-            "together, and their prompts finish at different times: take trainer=ddp or set it to false",
+            "together, and their prompts finish at different times: take trainer=ddp or "
+            "set it to false",
         )
 
 
