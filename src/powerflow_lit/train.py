@@ -81,7 +81,8 @@ def _main(cfg: DictConfig) -> float | None:
         except Exception:
             # the other jobs go on, and SweepCallback lists this one at the end; a sweeper that
             # optimises must see the error itself
-            among_others = started() is not None  # they are still in this job, not in the next
+            _, count = started() or (0, 1)
+            among_others = count > 1  # they are still in this job, not in the next
             if among_others or not all_jobs_known(hydra_config):
                 raise
             return None
