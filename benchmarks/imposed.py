@@ -30,10 +30,12 @@ class ImposedLengths:
         self._lengths = lengths
         self._given: Counter[Ids] = Counter()
         self._at_most: int | None = None
+        self._begun: dict[Ids, int] = {}  # tokens to come, by those that are there
 
     def restart(self, at_most: int | None = None) -> None:
         """Begin the next refill, every response cut to so many tokens where that is given."""
         self._given.clear()
+        self._begun.clear()
         self._at_most = at_most
 
     def next(self, prompt: Ids) -> int | None:
@@ -70,21 +72,39 @@ class ImposedLengths:
     # --- transformers ---------------------------------------------------------------------------
 
     def install_in_transformers(self, eos_id: int) -> None:
-        """Each row ends at its length with an end-of-sequence token, and not before."""
+        """Each row ends at its length with an end-of-sequence token, and not before.
+
+        A row that is taken up again, as our engine does in stages, keeps its length.
+        """
         generate, lengths = GenerationMixin.generate, self
 
         def generate_imposed(model: Any, inputs: Any = None, **options: Any) -> Any:
             ids = inputs if inputs is not None else options["input_ids"]
             keep = options["attention_mask"].bool()
-            rows = [lengths.next(tuple(i[k].tolist())) for i, k in zip(ids, keep, strict=True)]
+            kept = [tuple(i[k].tolist()) for i, k in zip(ids, keep, strict=True)]
+            rows = [lengths.still(row) for row in kept]
             known = [row for row in rows if row is not None]
-            if len(known) == len(rows):
-                own = options.pop("logits_processor", None) or []
-                ends = EndsAt(torch.tensor(known), eos_id, prompt_width=ids.shape[1])
-                options["logits_processor"] = LogitsProcessorList([*own, ends])
-            return generate(model, inputs, **options)
+            if len(known) < len(rows):
+                return generate(model, inputs, **options)
+            own = options.pop("logits_processor", None) or []
+            ends = EndsAt(torch.tensor(known), eos_id, prompt_width=ids.shape[1])
+            options["logits_processor"] = LogitsProcessorList([*own, ends])
+            output = generate(model, inputs, **options)
+            made = output[:, ids.shape[1] :].tolist()
+            for row, new, length in zip(kept, made, known, strict=True):
+                lengths.leave(row + tuple(new), length - len(new))
+            return output
 
         GenerationMixin.generate = generate_imposed
+
+    def still(self, row: Ids) -> int | None:
+        """Tokens that a row has yet to make: of a response that was begun, or of a new one."""
+        return self._begun.pop(row) if row in self._begun else self.next(row)
+
+    def leave(self, row: Ids, tokens: int) -> None:
+        """The row as `generate` leaves it, with so many tokens to come."""
+        if tokens > 0:
+            self._begun[row] = tokens
 
 
 class EndsAt(LogitsProcessor):

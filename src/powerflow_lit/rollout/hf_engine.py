@@ -13,7 +13,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
@@ -22,6 +21,7 @@ from transformers import (
 from powerflow_lit.models.logprobs import response_scores
 from powerflow_lit.models.lora import plain_copy
 from powerflow_lit.models.sharding import whole
+from powerflow_lit.rollout.decoding import FewLeft, prefill, row_cache
 from powerflow_lit.rollout.engine import (
     SEED_STRIDE,
     EngineError,
@@ -59,6 +59,10 @@ class DrawFromSeeds(LogitsProcessor):
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The rows that go on; the others have left the batch."""
+        self._generators = [self._generators[row] for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         noise = torch.empty_like(scores)  # (N, V)
@@ -163,35 +167,13 @@ class HfEngine:
         self,
         rows: list[_Row],
         sampling: Sampling,
-        tick: StoppingCriteriaList,
+        tick: Callable[[], None] | None,
         scored: int,
     ) -> list[Completion]:
         """Completions of the rows, the first `scored` of them with log-probs."""
-        prompts = [row.prompt for row in rows]
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self._pad_id)
-        attention = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # left padding, as generate wants it
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attention[row, width - len(prompt) :] = 1
-        config = GenerationConfig(
-            do_sample=False,  # the greatest score is the draw
-            max_new_tokens=max(row.limit for row in rows),
-            pad_token_id=self._pad_id,
-            eos_token_id=list(self._eos_ids),
-        )
-        output = self._model.generate(
-            ids.to(self._model.device),
-            attention_mask=attention.to(self._model.device),
-            generation_config=config,
-            stopping_criteria=tick,
-            logits_processor=_processors(sampling, [row.seed for row in rows], self._model.device),
-        )
-        # rows run to the longest limit; cutting them changes nothing of what came before
-        found = zip(output[:, width:].tolist(), rows, strict=True)
-        responses = [self._cut(ids)[: row.limit] for ids, row in found]
+        responses = self._responses(rows, sampling, tick)
         # generate's own scores are (T, N, V): a second pass needs far less memory
-        few = list(zip(prompts, responses, strict=True))[:scored]
+        few = [(row.prompt, ids) for row, ids in zip(rows, responses, strict=True)][:scored]
         scores = self.score(few) if few else []
         return [
             Completion(
@@ -201,6 +183,62 @@ class HfEngine:
             )
             for i, ids in enumerate(responses)
         ]
+
+    def _responses(
+        self, rows: list[_Row], sampling: Sampling, tick: Callable[[], None] | None
+    ) -> list[list[int]]:
+        """Token ids of each row's response, decoded in stages that ever fewer rows take part in."""
+        device = self._model.device
+        prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+        of_prompt = torch.tensor([prompts.index(tuple(row.prompt)) for row in rows], device=device)
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._pad_id)
+        attention = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # left padding, as generate wants it
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention[row, width - len(prompt) :] = 1
+        ids, attention = ids.to(device), attention.to(device)
+        cache = row_cache(self._model)
+        if cache is not None:
+            prefill(self._model, cache, ids, attention)
+            cache.batch_select_indices(of_prompt)
+        ids, attention = ids[of_prompt], attention[of_prompt]
+        draws = None if sampling.temperature == 0 else DrawFromSeeds([r.seed for r in rows], device)
+        responses: list[list[int]] = [[] for _ in rows]
+        left = list(range(len(rows)))
+        while left:
+            limits = [rows[i].limit - len(responses[i]) for i in left]
+            few = FewLeft(limits, self._eos_ids, may_stop=cache is not None, tick=tick)
+            config = GenerationConfig(
+                do_sample=False,  # the greatest score is the draw
+                max_new_tokens=max(limits),
+                pad_token_id=self._pad_id,
+                eos_token_id=list(self._eos_ids),
+            )
+            before = ids.shape[1]
+            ids = self._model.generate(
+                ids,
+                attention_mask=attention,
+                generation_config=config,
+                past_key_values=cache,
+                stopping_criteria=StoppingCriteriaList([few]),
+                logits_processor=_processors(sampling, draws),
+            )
+            for i, made, limit in zip(left, ids[:, before:].tolist(), limits, strict=True):
+                responses[i] += self._cut(made[:limit])
+            stays = few.working.nonzero()[:, 0]
+            left = [left[i] for i in stays.tolist()]
+            if not left:
+                break
+            stays = stays.to(device)
+            ids = ids[stays]
+            made = attention.new_ones(len(left), ids.shape[1] - attention.shape[1])
+            attention = torch.cat([attention[stays], made], dim=1)
+            assert cache is not None  # or all rows would have ended
+            cache.batch_select_indices(stays)
+            if draws is not None:
+                draws.keep(stays.tolist())
+        return responses
 
     def _cut(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self._eos_ids), len(ids))
@@ -216,12 +254,10 @@ class _Row:
     seed: int
 
 
-def _processors(
-    sampling: Sampling, seeds: Sequence[int], device: torch.device
-) -> LogitsProcessorList:
+def _processors(sampling: Sampling, draws: DrawFromSeeds | None) -> LogitsProcessorList:
     """From logits to scores whose greatest is the next token, in vLLM's and `generate`'s order."""
     chosen: list[LogitsProcessor] = [RefuseNonFinite()]
-    if sampling.temperature == 0:
+    if draws is None:
         return LogitsProcessorList(chosen)
     if sampling.temperature != 1:
         chosen.append(TemperatureLogitsWarper(sampling.temperature))
@@ -229,23 +265,11 @@ def _processors(
         chosen.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0:
         chosen.append(MinPLogitsWarper(sampling.min_p))
-    return LogitsProcessorList([*chosen, DrawFromSeeds(seeds, device)])
-
-
-class _Tick(StoppingCriteria):
-    """Stops no response: a call for each token, in which a run that is asked to stop may raise."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.call = call
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        self.call()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    return LogitsProcessorList([*chosen, draws])
 
 
 def _tick(
     on_progress: Callable[[int, int], None] | None, done: int, tokens: int
-) -> StoppingCriteriaList:
-    if on_progress is None:
-        return StoppingCriteriaList()
-    return StoppingCriteriaList([_Tick(lambda: on_progress(done, tokens))])
+) -> Callable[[], None] | None:
+    """A call for each token, in which a run that is asked to stop may raise."""
+    return None if on_progress is None else lambda: on_progress(done, tokens)
