@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from powerflow_lit import ranks
+from powerflow_lit.automatic_alpha import AutomaticAlpha
+from powerflow_lit.fresh import FreshRollouts
 from powerflow_lit.log_z import LogZ, LogZContext
 from powerflow_lit.models import sharding
 from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
@@ -19,7 +21,7 @@ from powerflow_lit.models.errors import ModelError
 from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
-from powerflow_lit.objectives import LossInputs, LossOutput, NonFiniteInputError, group_log_z
+from powerflow_lit.objectives import Alpha, LossInputs, LossOutput, NonFiniteInputError, group_log_z
 from powerflow_lit.optimized_module import OptimizedModule
 from powerflow_lit.random_state import random_state, restore_random_state
 from powerflow_lit.types import TrajectoryBatch
@@ -28,6 +30,7 @@ Objective = Callable[..., LossOutput]
 # of the raw ratios of policy to behaviour, known without its log-probs only where they are all 1
 RAW_RATIOS = {"ess", "is_log_ratio_q05", "is_log_ratio_q50", "is_log_ratio_q95"}
 AlphaSchedule = Callable[[float, float], float]  # (alpha, progress in [0, 1]) -> alpha now
+Power = TypeVar("Power", float, Tensor)
 
 
 class PowerFlowModule(OptimizedModule):
@@ -101,6 +104,9 @@ class PowerFlowModule(OptimizedModule):
         self.log_z.build(policy.config.get_text_config().hidden_size)
         self.objective = objective
         self.alpha_value, self.alpha_schedule = alpha, alpha_schedule
+        self.automatic = alpha_schedule if isinstance(alpha_schedule, AutomaticAlpha) else None
+        self.fresh = FreshRollouts()
+        self.fresh_version: int | None = None  # of the newest rollouts; None: of all that come
         self.format_penalty = format_penalty
         self.calibrate_from = dict(calibrate)
         self.calibration: dict[str, float] = {}
@@ -117,10 +123,22 @@ class PowerFlowModule(OptimizedModule):
 
     @property
     def alpha(self) -> float:
-        """alpha at this point of training."""
+        """alpha at this point of training, of prompts that have none of their own."""
         epochs = self.trainer.max_epochs if self._trainer is not None else 0
         alpha = self.alpha_schedule(self.alpha_value, self.current_epoch / max(epochs or 0, 1))
-        return alpha if self.alpha_pull == 1 else 1 + (alpha - 1) * self.alpha_pull
+        return pulled(alpha, self.alpha_pull)
+
+    def alpha_of(self, prompt_id: Tensor) -> Alpha:
+        """alpha of trajectories of these prompts: one for all, or (N,) where each has its own."""
+        own = None if self.automatic is None else self.automatic.of_prompts(prompt_id)
+        return self.alpha if own is None else pulled(own, self.alpha_pull)
+
+    def end_refill(self) -> None:
+        """Let alpha learn from the refill's fresh rollouts, unless a monitor holds it back: then
+        it would only wind up against the pull."""
+        if self.automatic is not None and self.alpha_pull == 1:
+            self.automatic.step(self.fresh)
+        self.fresh.clear()
 
     # --- the method -----------------------------------------------------------------------------
 
@@ -131,19 +149,23 @@ class PowerFlowModule(OptimizedModule):
         self._deferred = scores.deferred
         inputs = replace(self.loss_inputs(batch, scores.log_prob), token_entropy=scores.entropy)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
+        alpha = self.alpha_of(batch.prompt_id)
         try:
-            output = self.objective(inputs, alpha=self.alpha, **self.calibration)
+            output = self.objective(inputs, alpha=alpha, **self.calibration)
         except NonFiniteInputError as error:
             self._skip_step(str(error))
             return self._no_loss()
         if not bool(output.loss.isfinite()):  # finite inputs, but a square overflows
             self._skip_step(f"the loss is {float(output.loss.detach())}")
             return self._no_loss()
+        if self.automatic is not None:
+            version = batch.policy_version if self.fresh_version is None else self.fresh_version
+            self.fresh.add(inputs, batch.prompt_id, batch.policy_version == version)
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
         if self._ratios_unknown(batch):
             self.step_metrics = {k: v for k, v in self.step_metrics.items() if k not in RAW_RATIOS}
         if self.uses_log_z:
-            self.step_metrics["log_z_group"] = self.group_log_z(inputs)
+            self.step_metrics["log_z_group"] = self.group_log_z(inputs, alpha)
         return self.loss_scale * ranks.world_size() * output.loss
 
     def _no_loss(self) -> Tensor | None:
@@ -201,7 +223,7 @@ class PowerFlowModule(OptimizedModule):
         """log Z of each trajectory's prompt, (N,) nats; zeros where the objective has none."""
         if not self.uses_log_z:
             return inputs.log_z
-        mismatch, weight = self.mismatch_and_weight(inputs)
+        mismatch, weight = self.mismatch_and_weight(inputs, self.alpha_of(batch.prompt_id))
         if next(self.log_z.parameters(), None) is None:  # a closed form: of all, on each rank
             every = inputs.prompt_index, batch.prompt_id
             return self.log_z(LogZContext(mismatch, weight, *every, None))
@@ -218,15 +240,15 @@ class PowerFlowModule(OptimizedModule):
         return ranks.gather_rows(self.log_z(own), rows, mismatch.shape)
 
     @torch.no_grad()
-    def mismatch_and_weight(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    def mismatch_and_weight(self, inputs: LossInputs, alpha: Alpha) -> tuple[Tensor, Tensor]:
         """The objective's residual without log Z and its importance weights, (N,) each."""
         objective: Any = self.objective
-        mismatch = objective.mismatch(inputs, alpha=self.alpha, **self.calibration)
+        mismatch = objective.mismatch(inputs, alpha=alpha, **self.calibration)
         return mismatch, objective.weight(inputs).value
 
-    def group_log_z(self, inputs: LossInputs) -> Tensor:
+    def group_log_z(self, inputs: LossInputs, alpha: Alpha) -> Tensor:
         """Mean of the closed form of log Z over the prompts, () nats: what `log_z` should equal."""
-        mismatch, weight = self.mismatch_and_weight(inputs)
+        mismatch, weight = self.mismatch_and_weight(inputs, alpha)
         return group_log_z(mismatch, weight, inputs.prompt_index).mean()
 
     @torch.no_grad()
@@ -244,7 +266,8 @@ class PowerFlowModule(OptimizedModule):
         if self.uses_log_z:
             old, base = first_refill.log_p_old, first_refill.log_p_base
             inputs = self.loss_inputs(first_refill, torch.where(old.isnan(), base, old))
-            mismatch, weight = self.mismatch_and_weight(inputs)
+            alpha = self.alpha_of(first_refill.prompt_id)
+            mismatch, weight = self.mismatch_and_weight(inputs, alpha)
             self.log_z.initialise(-float((weight * mismatch).sum() / weight.sum()))
 
     @torch.no_grad()
@@ -256,7 +279,8 @@ class PowerFlowModule(OptimizedModule):
         inputs = replace(self.loss_inputs(batch, scores.log_prob), log_p_old=scores.log_prob)
         inputs = replace(inputs, token_entropy=scores.entropy)
         inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
-        return self.objective(inputs, alpha=self.alpha, **self.calibration).residual
+        alpha = self.alpha_of(batch.prompt_id)
+        return self.objective(inputs, alpha=alpha, **self.calibration).residual
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -277,6 +301,8 @@ class PowerFlowModule(OptimizedModule):
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "alpha_pull": self.alpha_pull,
+            "automatic_alpha": None if self.automatic is None else self.automatic.state_dict(),
+            "fresh": self.fresh.state_dict(),
             "random_states": ranks.gather(random_state()),
         }
 
@@ -294,6 +320,9 @@ class PowerFlowModule(OptimizedModule):
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.alpha_pull = state.get("alpha_pull", 1.0)
+        if self.automatic is not None and (before := state.get("automatic_alpha")) is not None:
+            self.automatic.load_state_dict(before)
+            self.fresh.load_state_dict(state["fresh"])
         states = state.get("random_states") or [state["random_state"]]  # of before several ranks
         self._random_state_to_restore = states[ranks.rank() % len(states)]
 
@@ -307,3 +336,8 @@ class PowerFlowModule(OptimizedModule):
         state = getattr(self, "_random_state_to_restore", None)
         if state is not None:
             restore_random_state(state)
+
+
+def pulled(alpha: Power, share: float) -> Power:
+    """alpha with `share` of its distance to 1."""
+    return alpha if share == 1 else 1 + (alpha - 1) * share
