@@ -19,7 +19,6 @@ from powerflow_lit.fresh import FreshRollouts, Sums
 
 Scope = Literal["global", "prompt"]
 Per = Literal["token", "response"]
-LARGEST_GAP = 1.0  # what a relative gap counts at most, either way
 
 
 class Target(Protocol):
@@ -101,6 +100,7 @@ class AutomaticAlpha:
         target: what the policy is held to.
         start: alpha of the first refill.
         rate, gain, smoothing: of log alpha by the relative gap, see `dual.Ascent`.
+        largest_gap: what a relative gap counts at most, either way.
         alpha_min, alpha_max: bounds of alpha.
         scope: `global`, or `prompt`: each prompt aims at the target by itself (for small, repeating
             prompt sets); one that no refill has held yet takes the alpha of all.
@@ -119,6 +119,7 @@ class AutomaticAlpha:
         rate: float,
         gain: float,
         smoothing: float,
+        largest_gap: float,
         alpha_min: float,
         alpha_max: float,
         scope: Scope,
@@ -129,6 +130,7 @@ class AutomaticAlpha:
             Ascent(rate, gain, smoothing, math.log(low), math.log(high)), start=math.log(start)
         )
         self.target, self.scope, self.patience = target, scope, patience
+        self.largest_gap = largest_gap
         self.sign = target.sign(start)
         self.first: Sums | None = None  # of the first refill
         self.reached: float | None = None
@@ -163,7 +165,7 @@ class AutomaticAlpha:
         self.dual.step(self._push(self.gap), own)
 
     def _push(self, gap: float) -> float:
-        return self.sign * min(max(gap, -LARGEST_GAP), LARGEST_GAP)
+        return self.sign * min(max(gap, -self.largest_gap), self.largest_gap)
 
     @property
     def out_of_reach(self) -> str | None:
@@ -175,8 +177,8 @@ class AutomaticAlpha:
         return (
             f"{self.target.said(self.target.level(self.first))}: the rollouts are at "
             f"{self.reached:.4g}, and alpha has stood at its bound {alpha:.4g} for "
-            f"{self.dual.state.at_bound} refills, so the target is out of reach: set another, or "
-            f"alpha_schedule.{key} further out"
+            f"{self.dual.state.at_bound} refills: the target is out of reach unless the policy is "
+            f"still on its way; set another, more refills, or alpha_schedule.{key} further out"
         )
 
     @property

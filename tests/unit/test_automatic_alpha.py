@@ -52,8 +52,8 @@ BASE = LANGUAGE.bigram_base(seed=4)
 
 def automatic(target: Any, **changes: Any) -> AutomaticAlpha:
     settings: dict[str, Any] = {
-        "start": 2.0, "rate": 0.1, "gain": 0.1, "smoothing": 0.0, "alpha_min": 0.1,
-        "alpha_max": 10.0, "scope": "global", "patience": 5,
+        "start": 2.0, "rate": 0.1, "gain": 0.1, "smoothing": 0.0, "largest_gap": 1.0,
+        "alpha_min": 0.1, "alpha_max": 10.0, "scope": "global", "patience": 5,
     }  # fmt: skip
     return AutomaticAlpha(target=target, **{**settings, **changes})
 

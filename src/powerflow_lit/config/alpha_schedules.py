@@ -8,7 +8,7 @@ from typing import Any
 from powerflow_lit.config.rules import at_least, check_numbers, is_ours, one_of, positive, require
 
 AUTOMATIC_ALPHA = (  # what a schedule says that aims at a target, beside the target
-    "start", "rate", "gain", "smoothing", "alpha_min", "alpha_max", "scope", "patience",
+    "start", "rate", "gain", "smoothing", "largest_gap", "alpha_min", "alpha_max", "scope", "patience",
 )  # fmt: skip
 
 
@@ -19,7 +19,12 @@ def check_schedule(node: Mapping[str, Any]) -> None:
     names = {"start", "share", *AUTOMATIC_ALPHA} - {"scope"}
     numbers = {name: node[name] for name in sorted(names) if name in node}
     check_numbers("alpha_schedule", numbers, whole=("patience",))
-    positive({f"alpha_schedule.{n}": numbers.get(n, 1) for n in ("start", "rate", "alpha_min")})
+    positive(
+        {
+            f"alpha_schedule.{n}": numbers.get(n, 1)
+            for n in ("start", "rate", "largest_gap", "alpha_min")
+        }
+    )
     share = numbers.get("share", 1)
     require(0 < share <= 1, f"alpha_schedule.share={share}: must lie in (0, 1], of the refills")
     if "target" in node:
