@@ -8,7 +8,8 @@ from typing import Any
 from powerflow_lit.config.rules import at_least, check_numbers, is_ours, one_of, positive, require
 
 AUTOMATIC_ALPHA = (  # what a schedule says that aims at a target, beside the target
-    "start", "rate", "gain", "smoothing", "largest_gap", "alpha_min", "alpha_max", "scope", "patience",
+    "start", "rate", "gain", "smoothing", "largest_gap", "alpha_min", "alpha_max", "scope",
+    "patience",
 )  # fmt: skip
 
 
