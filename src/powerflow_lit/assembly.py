@@ -50,8 +50,11 @@ from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.rollout.shared_engine import SharedEngine, engine_group
 from powerflow_lit.samplers import Decoding, EvaluationSettings
 from powerflow_lit.scoring import RolloutSettings
+from powerflow_lit.steering import Steering
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.wandb_login import wandb_mode
+
+BY_PROGRESS = "by progress"  # of an alpha_schedule without a state
 
 
 def build_model(config: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
@@ -244,11 +247,18 @@ def chosen_identity(config: TrainConfig) -> dict[str, Any]:
     """The part of it that is known before a model loads."""
     return {
         "alpha": config.alpha,
+        "alpha_schedule": target_of(config) or BY_PROGRESS,
         "strategy": config.strategy.name,
         "finetune": _finetune_of(config.finetune),
         "log_z": str(config.log_z.get("_target_")).rpartition(".")[2],
         "ranks": ranks_of(config),
     }
+
+
+def target_of(config: TrainConfig) -> str | None:
+    """What a schedule aims at; None where alpha goes by the progress of the run."""
+    target = config.alpha_schedule.get("target")
+    return None if target is None else str(target.get("_target_")).rpartition(".")[2]
 
 
 def _finetune_of(tuned: FinetuneConfig) -> str:
@@ -300,6 +310,7 @@ def build_callbacks(
         ),
         StopWhereSafe(signals),
         Health(),
+        Steering(),
         *build_monitor(config, checkpoint.path),
         # last, so that a checkpoint holds what the others logged
         checkpoint,

@@ -36,7 +36,8 @@ def log(trainer: L.Trainer, metrics: Mapping[str, float], *, step: int, refill: 
         logger.log_metrics({**metrics, "refill": refill}, step=step)
 
 
-def _parts(trainer: L.Trainer) -> tuple[PowerFlowModule, RolloutDataModule]:
+def parts_of(trainer: L.Trainer) -> tuple[PowerFlowModule, RolloutDataModule]:
+    """The module and the data of a run."""
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(module, PowerFlowModule)
     assert isinstance(data, RolloutDataModule)
@@ -68,7 +69,7 @@ class StepMetrics(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        module, data = _parts(trainer)
+        module, data = parts_of(trainer)
         self.clock.add("update", time.perf_counter() - self._start)
         metrics = {f"train/{name}": float(v) for name, v in module.step_metrics.items()}
         metrics["train/alpha"] = module.alpha
@@ -133,7 +134,7 @@ class Evaluation(Callback):
             log(trainer, self.final, step=trainer.global_step, refill=refill)
 
     def _evaluate(self, trainer: L.Trainer, decoding: Decoding) -> dict[str, float]:
-        _, data = _parts(trainer)
+        _, data = parts_of(trainer)
         prompts = data.eval_prompts[: self.max_prompts]
         shares = ranks.gathered(lambda: self._share(data, prompts, decoding))
         scores = [score for share in shares for score in share]
@@ -187,7 +188,7 @@ class SelfCheck(Callback):
         self._batch: TrajectoryBatch | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module, data = _parts(trainer)
+        module, data = parts_of(trainer)
         if not self._trajectories:
             few = max(self.prompts, ranks.world_size())  # each rank scores one at least
             groups = sorted({t.group for t in data.buffer.newest})[:few]
@@ -199,7 +200,7 @@ class SelfCheck(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if due(trainer, self.every_n_refills):
-            spread = self._spread(_parts(trainer)[0])
+            spread = self._spread(parts_of(trainer)[0])
             log(trainer, spread, step=trainer.global_step, refill=trainer.current_epoch + 1)
 
     def _spread(self, module: PowerFlowModule) -> dict[str, float]:
@@ -226,7 +227,7 @@ class Samples(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        module, data = _parts(trainer)
+        module, data = parts_of(trainer)
         newest = data.buffer.newest
         step = max(len(newest) // max(self.per_refill, 1), 1)
         chosen = newest[::step][: self.per_refill]

@@ -16,6 +16,7 @@ from rich.table import Table
 from powerflow_lit.callbacks import Evaluation, StepMetrics
 from powerflow_lit.config.secrets import hide_in_output
 from powerflow_lit.datamodule import RolloutDataModule
+from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.terminal import wide_console as wide_console
 
 # columns of a refill's line: (label, metric, format)
@@ -82,11 +83,17 @@ class RefillProgress(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, RolloutDataModule)
-        self.console.print(self._line(refill, trainer.max_epochs or 0, data), highlight=False)
+        assert isinstance(pl_module, PowerFlowModule)
+        line = self._line(refill, trainer.max_epochs or 0, pl_module, data)
+        self.console.print(line, highlight=False)
 
-    def _line(self, refill: int, refills: int, data: RolloutDataModule) -> str:
+    def _line(
+        self, refill: int, refills: int, module: PowerFlowModule, data: RolloutDataModule
+    ) -> str:
         metrics = data.refill_metrics
         parts = [f"{name} {metrics[key]:{fmt}}" for name, key, fmt in LINE if key in metrics]
+        if module.automatic is not None:
+            parts.append(f"alpha {module.alpha:.2f}")
         if speed := self.steps.performance.get("perf/tokens_per_s"):
             parts.append(f"{speed:,.0f} tok/s")
         if (gap := metrics.get("selfcheck/engine_logp_gap", 0.0)) >= GAP_SHOWN:
@@ -138,6 +145,8 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     columns |= {f"base {name}": m for name, m in summary["base_decodings"].items()}
     columns["trained T=1"] = final
     alpha = f" alpha={summary['alpha']:g}" if summary.get("uses_alpha", True) else ""
+    if found := summary.get("automatic_alpha"):
+        alpha += f" -> {found['alpha']:.3g}"
     supervised = " (supervised)" if summary.get("supervised") else ""
     title = (
         f"{summary['task']}, {summary['model']}: strategy={summary['strategy']}{supervised}"

@@ -53,7 +53,8 @@ def _of_run(cfg: DictConfig, typed_overrides: Sequence[str]) -> DictConfig:
         cfg.task = task  # as a whole: another task is built from other keys
     brought = {"model": saved["model"]}
     if OmegaConf.is_interpolation(cfg, "alpha"):  # not typed
-        brought["alpha"] = saved["alpha"]
+        found = (run_folder.read_summary(folder) or {}).get("automatic_alpha")  # by a target
+        brought["alpha"] = (found or saved)["alpha"]
     own = [o for o in typed_overrides if o.startswith(("model.", "task."))]
     return OmegaConf.merge(cfg, brought, OmegaConf.from_dotlist(own))  # type: ignore[return-value]
 

@@ -139,7 +139,7 @@ def model_card(
         tuning += "and apart in `adapter/`"
     facts = {
         "base": f"`{base}`" + (f" at `{model['revision']}`" if model["revision"] else ""),
-        "alpha (power of the base)": f"{config['alpha']:g}"
+        "alpha (power of the base)": _alpha(config, summary)
         + ("" if strategy.get("uses_alpha", True) else " (not used)"),
         "strategy": f"{strategy['name']}, epsilon {config['epsilon']:g}, "
         f"psi {strategy['format_penalty']:g}",
@@ -155,7 +155,8 @@ def model_card(
         f"{rollout['max_new_tokens']} tokens",
         "seed": str(config["seed"]),
     }
-    title = f"{model['name']}, PowerFlow alpha {config['alpha']:g}"
+    power = (summary.get("automatic_alpha") or config)["alpha"]
+    title = f"{model['name']}, PowerFlow alpha {power:.4g}"
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -170,6 +171,16 @@ def model_card(
             f"\n## Citation\n\n```bibtex\n{CITATION}\n```\n",
         ]
     )
+
+
+def _alpha(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The power, and where it came to if a target has driven it."""
+    found = summary.get("automatic_alpha")
+    if not found:
+        return f"{config['alpha']:g}"
+    target = config["alpha_schedule"]["target"]
+    aim = ", ".join(f"{k} {v}" for k, v in target.items() if k != "_target_")
+    return f"{found['alpha']:.4g}, driven from {config['alpha']:g} by a target ({aim})"
 
 
 def _how(strategy: Mapping[str, Any]) -> str:

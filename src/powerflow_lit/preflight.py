@@ -220,17 +220,30 @@ def _objective(config: TrainConfig) -> Any:
         raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
     try:
         with torch.no_grad():
-            for progress in (0.0, 1.0):  # on two trajectories of two tokens
-                trial(inputs, alpha=schedule(config.alpha, progress), **numbers)
+            for alpha in _alphas(schedule, config.alpha):  # on two trajectories of two tokens
+                trial(inputs, alpha=alpha, **numbers)
     except ObjectiveError as error:
         raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
     except TypeError as error:
         if not TRACEBACKS.get():
             raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
         raise
-    except Exception:  # such as that of an objective which reads more than these inputs hold
+    except Exception as error:  # as of an objective which reads more than these inputs hold
+        require(
+            not isinstance(alpha, torch.Tensor),
+            f"alpha_schedule.scope=prompt with strategy={config.strategy.name}: it takes no alpha "
+            f"for each trajectory ({line_of(error)}): take scope=global",
+        )
         return objective
     return objective
+
+
+def _alphas(schedule: Any, alpha: float) -> list[Any]:
+    """The first and the last alpha of a schedule, and (2,) where each prompt has its own."""
+    import torch
+
+    own = getattr(schedule, "of_prompts", lambda prompt_id: None)(torch.arange(2))
+    return [schedule(alpha, 0.0), schedule(alpha, 1.0), *([] if own is None else [own])]
 
 
 def _check_reward(config: TrainConfig, task: Task) -> None:

@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from powerflow_lit import __version__
-from powerflow_lit.assembly import lora_settings
+from powerflow_lit.assembly import BY_PROGRESS, lora_settings
 from powerflow_lit.checkpoints import GOOD, LAST, PREVIOUS
 from powerflow_lit.config.checks import as_dict
 from powerflow_lit.config.schema import FinetuneConfig, TrainConfig
@@ -30,6 +30,7 @@ from powerflow_lit.shard_files import what_is_missing, whole_weights
 # what must be the same on resume, and what is said where it differs
 IDENTITY = {
     "alpha": "alpha was {}, now {}",
+    "alpha_schedule": "alpha_schedule was {}, now {}",
     "strategy": "strategy was {}, now {}",
     "finetune": "finetune was {}, now {}",
     "log_z": "log_z was {}, now {}",
@@ -133,7 +134,9 @@ def refuse_another(point: ResumePoint, now: Mapping[str, Any], *, force: bool) -
     Raises:
         CheckpointError: names what differs, and its two values.
     """
-    before = {"ranks": 1, **point.identity}  # which a checkpoint did not say when there was one
+    # what a checkpoint did not say when there was one rank, and no schedule that has a state
+    silent = {"ranks": 1, "alpha_schedule": BY_PROGRESS}
+    before = {**silent, **point.identity}
     differ = [
         IDENTITY[name].format(before.get(name), value)
         for name, value in now.items()

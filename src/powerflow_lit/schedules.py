@@ -1,4 +1,7 @@
-"""How alpha is used over training (`alpha_schedule=`): pure functions of progress in [0, 1]."""
+"""How alpha is used over training by its progress in [0, 1] (`alpha_schedule=`): pure functions.
+
+Those that aim at a target are in `automatic_alpha`.
+"""
 
 from __future__ import annotations
 

@@ -289,6 +289,8 @@ def _summary(
         "supervised": config.strategy.supervised,
         "uses_alpha": config.strategy.uses_alpha,
         "alpha": config.alpha,
+        # of a schedule with a target: where it stands, and what the last refill has reached
+        "automatic_alpha": automatic_alpha(module),
         "epsilon": config.epsilon,
         "seed": config.seed,
         "refills": data.buffer.refill + 1,
@@ -308,6 +310,14 @@ def _summary(
         "versions": run_folder.versions(),
         "git_commit": run_folder.git_commit(),
     }
+
+
+def automatic_alpha(module: PowerFlowModule) -> dict[str, float] | None:
+    """Where a schedule with a target stands; None of others."""
+    found = module.automatic
+    if found is None:
+        return None
+    return {"alpha": found(module.alpha_value, 1.0), **found.metrics}
 
 
 def _finish_wandb(logger: Any, summary: dict[str, Any]) -> None:

@@ -34,6 +34,28 @@ def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) 
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("alpha_schedule=target_entropy", "alpha_schedule.scope=prompt", "buffer.max_staleness=1"),
+        ("alpha_schedule=target_kl", "rollout.overlap=true"),
+    ],
+)
+def test_a_run_whose_alpha_follows_a_target_resumes_bit_by_bit(
+    tmp_path: Path, chosen: tuple[str, ...]
+) -> None:
+    settings = (*QUICK, "rollout=hf", *chosen)
+    finish(tmp_path, *settings, "run_dir=whole")
+    alphas = [r["train/alpha"] for r in rows_of(tmp_path / "whole/metrics.csv") if r["train/alpha"]]
+    assert len(set(alphas)) == 4, "one a refill"
+    killed_at(tmp_path, "refill   2/4", *settings, "run_dir=halves")
+    finish(tmp_path, "resume=halves")
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    summary = summary_of(tmp_path / "halves")
+    assert summary["automatic_alpha"] == summary_of(tmp_path / "whole")["automatic_alpha"]
+
+
+@pytest.mark.faults
 def test_ctrl_c_leaves_a_resumable_checkpoint_and_no_process(tmp_path: Path) -> None:
     process = start(tmp_path, *QUICK, "rollout=hf", "refills=500", "run_dir=run", "logger=wandb")
     until_line(process, "refill   3/500")

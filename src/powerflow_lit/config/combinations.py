@@ -40,12 +40,38 @@ def check_combinations(config: TrainConfig) -> None:
         f"alpha_schedule.start={start} with strategy={config.strategy.name}: needs alpha > 1 from "
         "the start",
     )
+    _check_automatic_alpha(config)
     log_z = str(config.log_z.get("_target_", "")).rpartition(".")[2]
     needs_group = is_rl or log_z in ("GroupLogZ", "GroupLooLogZ")
     require(
         not needs_group or config.rollout.samples_per_prompt > 1,
         f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} with a baseline from the "
         "prompt's group: needs 2 or more (or log_z=head)",
+    )
+
+
+def _check_automatic_alpha(config: TrainConfig) -> None:
+    """A schedule that aims at a target needs a strategy that follows alpha all the way."""
+    schedule, name = config.alpha_schedule, config.strategy.name
+    if "target" not in schedule:
+        return
+    require(
+        config.strategy.uses_alpha,
+        f"alpha_schedule.target with strategy={name}, which does not use alpha: take "
+        "alpha_schedule=constant, or a strategy that uses it",
+    )
+    if not _is_rl(config):
+        return
+    low = schedule.get("alpha_min", 0)
+    require(
+        low > 1,
+        f"alpha_schedule.alpha_min={low} with strategy={name}: beta = 1/(alpha-1) must be positive "
+        "wherever alpha goes: set it above 1, e.g. 1.1",
+    )
+    require(
+        schedule.get("scope") != "prompt",
+        f"alpha_schedule.scope=prompt with strategy={name}: its beta = 1/(alpha-1) is one for all "
+        "prompts: take scope=global or a balance strategy",
     )
 
 

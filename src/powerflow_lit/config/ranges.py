@@ -8,8 +8,17 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from powerflow_lit.config.alpha_schedules import check_schedule
 from powerflow_lit.config.engines import check_engine_values
-from powerflow_lit.config.rules import ConfigError, at_least, one_of, positive, require
+from powerflow_lit.config.rules import (
+    ConfigError,
+    at_least,
+    check_numbers,
+    is_ours,
+    one_of,
+    positive,
+    require,
+)
 from powerflow_lit.config.schema import (
     DecodingConfig,
     DeviceConfig,
@@ -92,7 +101,7 @@ def check_train_ranges(config: TrainConfig) -> None:
     _check_optimizer(config)
     _check_callbacks(config)
     _check_log_z(config.log_z)
-    _check_schedule(config.alpha_schedule)
+    check_schedule(config.alpha_schedule)
     _check_trainer(config.trainer)
     _check_device(config.device)
     _check_logger(config.logger)
@@ -260,7 +269,7 @@ def _check_decodings(key: str, decodings: Sequence[DecodingConfig]) -> None:
 
 def _check_log_z(node: Mapping[str, Any]) -> None:
     """Options and ranges by the parameter's name; which there are is the class's to say."""
-    if not _is_ours(node):
+    if not is_ours(node):
         return
     options = {
         "source": ("policy", "base"), "pool": ("mean", "last"), "scope": ("global", "prompt"),
@@ -268,35 +277,11 @@ def _check_log_z(node: Mapping[str, Any]) -> None:
     for name in options.keys() & node.keys():
         one_of(f"log_z.{name}", node[name], options[name])
     numbers = {n: node[n] for n in ("rate", "value", "width", "warmup_steps") if n in node}
-    _check_numbers("log_z", numbers, whole=("width", "warmup_steps"))
+    check_numbers("log_z", numbers, whole=("width", "warmup_steps"))
     rate = numbers.get("rate", 1)
     require(0 < rate <= 1, f"log_z.rate={rate}: must lie in (0, 1], the share of the newest value")
     at_least(1, {"log_z.width": numbers.get("width")})
     at_least(0, {"log_z.warmup_steps": numbers.get("warmup_steps")})
-
-
-def _check_schedule(node: Mapping[str, Any]) -> None:
-    if not _is_ours(node):
-        return
-    numbers = {name: node[name] for name in ("start", "share") if name in node}
-    _check_numbers("alpha_schedule", numbers)
-    positive({"alpha_schedule.start": numbers.get("start", 1)})
-    share = numbers.get("share", 1)
-    require(0 < share <= 1, f"alpha_schedule.share={share}: must lie in (0, 1], of the refills")
-
-
-def _is_ours(node: Mapping[str, Any]) -> bool:
-    """Whether a parameter's name means here what it means in this package."""
-    return str(node.get("_target_")).startswith("powerflow_lit.")
-
-
-def _check_numbers(group: str, numbers: Mapping[str, Any], whole: Sequence[str] = ()) -> None:
-    for name, value in numbers.items():
-        kinds: tuple[type, ...] = (int,) if name in whole else (int, float)
-        require(
-            isinstance(value, kinds) and not isinstance(value, bool),
-            f"{group}.{name}={value}: must be a {'whole ' if name in whole else ''}number",
-        )
 
 
 def _check_trainer(node: Mapping[str, Any]) -> None:

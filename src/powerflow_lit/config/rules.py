@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from powerflow_lit.mendable import MendableError
 
@@ -36,6 +37,21 @@ def at_least(lowest: int, values: Mapping[str, float | None]) -> None:
     """`None` stands for a choice left to others, and passes."""
     for name, value in values.items():
         require(value is None or value >= lowest, f"{name}={value}: must be {lowest} or more")
+
+
+def is_ours(node: Mapping[str, Any]) -> bool:
+    """Whether a parameter's name means here what it means in this package."""
+    return str(node.get("_target_")).startswith("powerflow_lit.")
+
+
+def check_numbers(group: str, numbers: Mapping[str, Any], whole: Sequence[str] = ()) -> None:
+    """Raises ConfigError for what is no number in a group of untyped values."""
+    for name, value in numbers.items():
+        kinds: tuple[type, ...] = (int,) if name in whole else (int, float)
+        require(
+            isinstance(value, kinds) and not isinstance(value, bool),
+            f"{group}.{name}={value}: must be a {'whole ' if name in whole else ''}number",
+        )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from powerflow_lit.objectives.balance import (
 )
 from powerflow_lit.objectives.entropy import EntropyObjective
 from powerflow_lit.objectives.inputs import (
+    Alpha,
     LossInputs,
     LossOutput,
     NonFiniteInputError,
@@ -30,6 +31,7 @@ from powerflow_lit.objectives.policy_gradient import (
 from powerflow_lit.objectives.weights import ImportanceWeight, PpoClip
 
 __all__ = [
+    "Alpha",
     "BalanceObjective",
     "EntropyObjective",
     "ImportanceWeight",

@@ -3,7 +3,8 @@
 Notation (nats): S = sum_t log pi_theta(y_t), B = sum_t log p_base(y_t), |y| the response length,
 s = S/|y|, b = B/|y|, psi the format penalty. Every objective is `mean(w * (log_z + mismatch)^2)`
 with its own mismatch and weight w. With psi all of the paper's share one target,
-p_base(y)^alpha * exp(alpha |y| psi). Source: arXiv 2603.18363 (equation numbers of v1).
+p_base(y)^alpha * exp(alpha |y| psi). alpha is one number, or (N,) the same for all rollouts of a
+prompt. Source: arXiv 2603.18363 (equation numbers of v1).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from powerflow_lit.objectives.advantages import advantages
 from powerflow_lit.objectives.inputs import (
+    Alpha,
     LossInputs,
     LossOutput,
     ObjectiveError,
@@ -37,14 +39,14 @@ UNWEIGHTED = ImportanceWeight("none", None, None)
 # --- mismatches: the residual without log Z, (N,) ------------------------------------------------
 
 
-def tb_traj_mismatch(inputs: LossInputs, *, alpha: float) -> Tensor:
+def tb_traj_mismatch(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
     """S - alpha (B + |y| psi), eq. 5 without log Z on p_base^alpha exp(alpha |y| psi)."""
     check_alpha(alpha)
     S, B, L = sums(inputs)
     return S - alpha * (B + L * inputs.format_penalty)
 
 
-def la_tb_mismatch(inputs: LossInputs, *, alpha: float) -> Tensor:
+def la_tb_mismatch(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
     """s - alpha (b + psi), eq. 7 without log Z': the energy surface averaged over the length."""
     check_alpha(alpha)
     S, B, L = sums(inputs)
@@ -52,7 +54,7 @@ def la_tb_mismatch(inputs: LossInputs, *, alpha: float) -> Tensor:
 
 
 def tb_token_mismatch(
-    inputs: LossInputs, *, alpha: float, scale: float, reading: Reading
+    inputs: LossInputs, *, alpha: Alpha, scale: float, reading: Reading
 ) -> Tensor:
     """TB on a token-averaged energy; the paper leaves its form open, so three readings stand.
 
@@ -75,7 +77,7 @@ def tb_token_mismatch(
     return S - alpha * energy
 
 
-def flowrl_mismatch(inputs: LossInputs, *, alpha: float, scale: float) -> Tensor:
+def flowrl_mismatch(inputs: LossInputs, *, alpha: Alpha, scale: float) -> Tensor:
     """s - (b + psi) - scale A, FlowRL's residual without log Z; A is the reward as in GRPO.
 
     Its target is p_base exp(scale |y| A), so that alpha is not used (FlowRL, arXiv 2509.15207).
@@ -90,14 +92,15 @@ def flowrl_mismatch(inputs: LossInputs, *, alpha: float, scale: float) -> Tensor
     return S / L - (B / L + inputs.format_penalty) - scale * reward
 
 
-def format_only_mismatch(inputs: LossInputs, *, alpha: float) -> Tensor:
+def format_only_mismatch(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
     """PowerFlow's at alpha = 1, whatever alpha is: nothing is sharpened, psi alone tilts."""
     return la_tb_mismatch(inputs, alpha=1.0)
 
 
-def token_variance(inputs: LossInputs, *, alpha: float) -> Tensor:
+def token_variance(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
     """Variance over a response's tokens of log pi_theta - alpha log p_base, (N,), nats squared."""
-    ratio = inputs.log_pf - alpha * inputs.log_p_base
+    power = alpha[:, None] if isinstance(alpha, Tensor) else alpha
+    ratio = inputs.log_pf - power * inputs.log_p_base
     L = lengths(inputs.mask)
     mean = masked_sum(ratio, inputs.mask) / L
     return masked_sum((ratio - mean[:, None]) ** 2, inputs.mask) / L
@@ -128,7 +131,7 @@ class BalanceObjective:
         pieces = [piece for piece in (self.mismatch, self.spread) if piece is not None]
         return self.weight.is_used or not all(map(_is_ours, pieces))
 
-    def __call__(self, inputs: LossInputs, *, alpha: float, **calibration: float) -> LossOutput:
+    def __call__(self, inputs: LossInputs, *, alpha: Alpha, **calibration: float) -> LossOutput:
         inputs = checked(inputs)
         d = inputs.log_z + self.mismatch(inputs, alpha=alpha, **calibration)  # (N,)
         square = d**2 if self.spread is None else d**2 + self.spread(inputs, alpha=alpha)
@@ -138,17 +141,17 @@ class BalanceObjective:
         return LossOutput(loss, trajectory_metrics(inputs, d, weights), d)
 
 
-def tb_traj(inputs: LossInputs, *, alpha: float) -> LossOutput:
+def tb_traj(inputs: LossInputs, *, alpha: Alpha) -> LossOutput:
     """Trajectory balance (eq. 5): mean of (log Z + S - alpha (B + |y| psi))^2."""
     return BalanceObjective(tb_traj_mismatch, UNWEIGHTED)(inputs, alpha=alpha)
 
 
-def la_tb(inputs: LossInputs, *, alpha: float) -> LossOutput:
+def la_tb(inputs: LossInputs, *, alpha: Alpha) -> LossOutput:
     """Length-averaged trajectory balance (eq. 7): mean of (log Z' + s - alpha (b + psi))^2."""
     return BalanceObjective(la_tb_mismatch, UNWEIGHTED)(inputs, alpha=alpha)
 
 
-def powerflow(inputs: LossInputs, *, alpha: float, epsilon: float) -> LossOutput:
+def powerflow(inputs: LossInputs, *, alpha: Alpha, epsilon: float) -> LossOutput:
     """PowerFlow (eq. 9): LA-TB, each square times w = clip(pi_theta/pi_old, 1 -+ epsilon) (eq. 10).
 
     Raises:
@@ -160,7 +163,7 @@ def powerflow(inputs: LossInputs, *, alpha: float, epsilon: float) -> LossOutput
     return BalanceObjective(la_tb_mismatch, eq_10)(inputs, alpha=alpha)
 
 
-def tb_token(inputs: LossInputs, *, alpha: float, scale: float, reading: Reading) -> LossOutput:
+def tb_token(inputs: LossInputs, *, alpha: Alpha, scale: float, reading: Reading) -> LossOutput:
     """Trajectory balance on the average token log-prob, in one of its three readings.
 
     `energy` and `power`: see `tb_token_mismatch`. `per_token`: the mean over tokens of

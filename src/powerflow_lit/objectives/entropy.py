@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from powerflow_lit.objectives.balance import UNWEIGHTED, trajectory_metrics
-from powerflow_lit.objectives.inputs import LossInputs, LossOutput, ObjectiveError, checked
+from powerflow_lit.objectives.inputs import Alpha, LossInputs, LossOutput, ObjectiveError, checked
 from powerflow_lit.objectives.policy_gradient import Reduction, reduced
 
 
@@ -33,7 +33,7 @@ class EntropyObjective:
         if self.reduction == "constant_length":
             raise ObjectiveError("reduction 'constant_length' is one of rewards: take all_tokens")
 
-    def __call__(self, inputs: LossInputs, *, alpha: float) -> LossOutput:
+    def __call__(self, inputs: LossInputs, *, alpha: Alpha) -> LossOutput:
         """
         Raises:
             ObjectiveError: no entropies; a format penalty, for which there is no place.

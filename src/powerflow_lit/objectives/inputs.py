@@ -9,6 +9,8 @@ from torch import Tensor
 
 from powerflow_lit.mendable import MendableError
 
+Alpha = float | Tensor  # the power of p_base: one for all, or (N,) one for each trajectory
+
 
 class ObjectiveError(MendableError, ValueError):
     """An objective was given values outside its domain; the message names value and remedy."""
@@ -118,10 +120,11 @@ def reward_of(inputs: LossInputs) -> Tensor:
     return inputs.reward
 
 
-def check_alpha(alpha: float, above: float = 0.0, why: str = "the power of p_base") -> None:
-    """Raises ObjectiveError unless alpha is a finite number greater than `above`."""
-    if not (above < alpha < float("inf")):
-        raise ObjectiveError(f"alpha={alpha}: {why} needs alpha > {above:g}; set alpha=")
+def check_alpha(alpha: Alpha, above: float = 0.0, why: str = "the power of p_base") -> None:
+    """Raises ObjectiveError unless alpha is finite and greater than `above`, all of it."""
+    wrong = [a for a in torch.as_tensor(alpha).flatten().tolist() if not above < a < float("inf")]
+    if wrong:
+        raise ObjectiveError(f"alpha={wrong[0]}: {why} needs alpha > {above:g}; set alpha=")
 
 
 def check_epsilon(epsilon: float) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from powerflow_lit.objectives.advantages import Advantage, advantages, centre
 from powerflow_lit.objectives.balance import sums, trajectory_metrics
 from powerflow_lit.objectives.inputs import (
+    Alpha,
     LossInputs,
     LossOutput,
     ObjectiveError,
@@ -133,7 +134,7 @@ class RewardObjective:
         """Whether behaviour log-probs change the loss."""
         return self.surrogate.is_used
 
-    def __call__(self, inputs: LossInputs, *, alpha: float) -> LossOutput:
+    def __call__(self, inputs: LossInputs, *, alpha: Alpha) -> LossOutput:
         """
         Raises:
             ObjectiveError: no reward.
@@ -159,7 +160,7 @@ class RewardObjective:
 def rl_traj(
     inputs: LossInputs,
     *,
-    alpha: float,
+    alpha: Alpha,
     kl: Kl,
     advantage: Advantage,
     reduction: Reduction,
@@ -179,7 +180,7 @@ def rl_traj(
 def rl_token(
     inputs: LossInputs,
     *,
-    alpha: float,
+    alpha: Alpha,
     kl: Kl,
     advantage: Advantage,
     reduction: Reduction,
@@ -223,7 +224,9 @@ def _regularised(
     return LossOutput(loss, trajectory_metrics(inputs, residual, weights), residual)
 
 
-def _beta(alpha: float, name: str) -> float:
+def _beta(alpha: Alpha, name: str) -> float:
+    if isinstance(alpha, Tensor):
+        raise ObjectiveError(f"{name} takes one alpha for all prompts: set alpha_schedule.scope")
     check_alpha(alpha, above=1.0, why=f"{name} (beta = 1/(alpha-1))")
     return 1.0 / (alpha - 1.0)
 
@@ -248,7 +251,7 @@ class PolicyGradientObjective:
         if self.energy not in get_args(Energy):
             raise ObjectiveError(f"energy '{self.energy}' is none of {get_args(Energy)}")
 
-    def __call__(self, inputs: LossInputs, *, alpha: float) -> LossOutput:
+    def __call__(self, inputs: LossInputs, *, alpha: Alpha) -> LossOutput:
         objective = {"traj": rl_traj, "token": rl_token}[self.energy]
         return objective(
             inputs,
