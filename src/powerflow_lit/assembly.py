@@ -134,6 +134,7 @@ def build_module(
         log_z=instantiate(config.log_z),
         alpha=config.alpha,
         alpha_schedule=instantiate(config.alpha_schedule),
+        length_control=instantiate(config.length_control),
         format_penalty=config.strategy.format_penalty,
         calibrate=config.strategy.calibrate,
         loss_scale=config.strategy.loss_scale,
@@ -247,8 +248,19 @@ def chosen_identity(config: TrainConfig) -> dict[str, Any]:
         "strategy": config.strategy.name,
         "finetune": _finetune_of(config.finetune),
         "log_z": str(config.log_z.get("_target_")).rpartition(".")[2],
+        "length_control": _length_control_of(config.length_control),
         "ranks": ranks_of(config),
     }
+
+
+def _length_control_of(node: Mapping[str, Any]) -> str:
+    """The length that was chosen, in words."""
+    name = str(node.get("_target_")).rpartition(".")[2]
+    if name != "ChosenLength":
+        return "none" if name == "LengthControl" else name
+    tokens = node["tokens"]
+    chosen = f"{node['factor']:g} x the base's" if tokens is None else f"{tokens:g} tokens"
+    return f"{chosen} ({node['scope']})"
 
 
 def _finetune_of(tuned: FinetuneConfig) -> str:

@@ -33,6 +33,7 @@ IDENTITY = {
     "strategy": "strategy was {}, now {}",
     "finetune": "finetune was {}, now {}",
     "log_z": "log_z was {}, now {}",
+    "length_control": "the chosen length was {}, now {}",
     "ranks": "it ran on {} ranks, now {}",
     "vocabulary": "the tokenizer's vocabulary differs (fingerprint {}, now {})",
     "weights": "the base model differs (fingerprint of its weights {}, now {})",
@@ -133,7 +134,8 @@ def refuse_another(point: ResumePoint, now: Mapping[str, Any], *, force: bool) -
     Raises:
         CheckpointError: names what differs, and its two values.
     """
-    before = {"ranks": 1, **point.identity}  # which a checkpoint did not say when there was one
+    # what a checkpoint did not say when there was no other
+    before = {"ranks": 1, "length_control": "none", **point.identity}
     differ = [
         IDENTITY[name].format(before.get(name), value)
         for name, value in now.items()

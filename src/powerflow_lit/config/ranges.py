@@ -93,6 +93,7 @@ def check_train_ranges(config: TrainConfig) -> None:
     _check_callbacks(config)
     _check_log_z(config.log_z)
     _check_schedule(config.alpha_schedule)
+    _check_length_control(config.length_control)
     _check_trainer(config.trainer)
     _check_device(config.device)
     _check_logger(config.logger)
@@ -283,6 +284,32 @@ def _check_schedule(node: Mapping[str, Any]) -> None:
     positive({"alpha_schedule.start": numbers.get("start", 1)})
     share = numbers.get("share", 1)
     require(0 < share <= 1, f"alpha_schedule.share={share}: must lie in (0, 1], of the refills")
+
+
+def _check_length_control(node: Mapping[str, Any]) -> None:
+    """Ranges by the parameter's name, each of which our own class takes."""
+    if not _is_ours(node) or "scope" not in node:
+        return
+    group = "length_control"
+    one_of(f"{group}.scope", node["scope"], ("global", "prompt"))
+    tokens, bounds, longest = node.get("tokens"), node["bounds"], node["max_tokens"]
+    names = ("factor", "follow", "rate", "max_step")
+    numbers = {name: node[name] for name in names}
+    _check_numbers(group, {**numbers, **({} if tokens is None else {"tokens": tokens})})
+    positive({f"{group}.{name}": numbers[name] for name in ("factor", "rate", "max_step")})
+    follow = numbers["follow"]
+    require(0 <= follow <= 1, f"{group}.follow={follow}: must lie in [0, 1]; 0 is dual ascent")
+    require(
+        tokens is None or 1 < tokens < longest,
+        f"{group}.tokens={tokens}: must lie between 1 and rollout.max_new_tokens={longest}",
+    )
+    require(
+        isinstance(bounds, list) and len(bounds) == 2,
+        f"{group}.bounds={bounds}: must be two numbers, as in [-10, 10]",
+    )
+    _check_numbers(f"{group}.bounds", {str(place): bound for place, bound in enumerate(bounds)})
+    low, high = bounds
+    require(low < high, f"{group}.bounds={bounds}: the first must be the lesser, as in [-10, 10]")
 
 
 def _is_ours(node: Mapping[str, Any]) -> bool:

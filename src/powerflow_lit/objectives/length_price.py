@@ -76,12 +76,18 @@ def solve_length_price(log_weight: Tensor, length: Tensor, *, target: float) -> 
 class LengthFit:
     """What a batch of rollouts says about length, within the groups of its prompts."""
 
-    excess: float  # nats per token by which the price lies above the one the policy has answered
+    covariance: float  # of residual and |y| within a prompt, nats x tokens
     variance: float  # of |y| within a prompt, tokens squared
+
+    @property
+    def excess(self) -> float:
+        """By how much the price lies above the one that the policy has answered, nats per token; 0
+        where all rollouts of a prompt are as long, which tells nothing."""
+        return self.covariance / self.variance if self.variance > 0 else 0.0
 
 
 def length_fit(mismatch: Tensor, length: Tensor, prompt_index: Tensor) -> LengthFit:
-    """Slope of the residual in |y| over the rollouts of each prompt, and the variance of |y|.
+    """How residual and |y| vary together over the rollouts of a prompt, pooled over prompts.
 
     The policy is at exp(.. - lambda' |y|) for a lambda' of its own, behind or ahead of the price in
     force. Its residual then grows with |y| by price - lambda' for each token, and a gradient on it
@@ -94,11 +100,8 @@ def length_fit(mismatch: Tensor, length: Tensor, prompt_index: Tensor) -> Length
     """
     length, mismatch = length.double(), mismatch.double()
     apart = length - group_mean(length, prompt_index)
-    square = float((apart**2).sum())
-    free = len(length) - len(prompt_index.unique())  # degrees of freedom
-    if square == 0 or free == 0:  # all rollouts of a prompt are as long
-        return LengthFit(0.0, 0.0)
-    return LengthFit(float((apart * mismatch).sum()) / square, square / free)
+    free = max(len(length) - len(prompt_index.unique()), 1)  # degrees of freedom
+    return LengthFit(float((apart * mismatch).sum()) / free, float((apart**2).sum()) / free)
 
 
 @dataclass(frozen=True)
