@@ -61,8 +61,9 @@ def test_every_task_composes_with_every_strategy_and_builds_its_objective(
     ("group", "choice"),
     [
         (group, choice)
-        for group in ("log_z", "length_control", "rollout", "alpha_schedule", "trainer", "callbacks", "logger",
-                      "optimizer", "finetune", "debug", "guard", "monitor", "experiment", "sweep")
+        for group in ("log_z", "length_control", "rollout", "alpha_schedule", "trainer",
+                      "callbacks", "logger", "optimizer", "finetune", "debug", "guard", "monitor",
+                      "experiment", "sweep")
         for choice in choices(group)
         if choice not in NEEDS_A_PLUGIN
     ],
