@@ -137,6 +137,7 @@ def build_module(
         log_z=instantiate(config.log_z),
         alpha=config.alpha,
         alpha_schedule=instantiate(config.alpha_schedule),
+        length_control=instantiate(config.length_control),
         format_penalty=config.strategy.format_penalty,
         calibrate=config.strategy.calibrate,
         loss_scale=config.strategy.loss_scale,
@@ -251,6 +252,7 @@ def chosen_identity(config: TrainConfig) -> dict[str, Any]:
         "strategy": config.strategy.name,
         "finetune": _finetune_of(config.finetune),
         "log_z": str(config.log_z.get("_target_")).rpartition(".")[2],
+        "length_control": _length_control_of(config.length_control),
         "ranks": ranks_of(config),
     }
 
@@ -259,6 +261,16 @@ def target_of(config: TrainConfig) -> str | None:
     """What a schedule aims at; None where alpha goes by the progress of the run."""
     target = config.alpha_schedule.get("target")
     return None if target is None else str(target.get("_target_")).rpartition(".")[2]
+
+
+def _length_control_of(node: Mapping[str, Any]) -> str:
+    """The length that was chosen, in words."""
+    name = str(node.get("_target_")).rpartition(".")[2]
+    if name != "ChosenLength":
+        return "none" if name == "LengthControl" else name
+    tokens = node["tokens"]
+    chosen = f"{node['factor']:g} x the base's" if tokens is None else f"{tokens:g} tokens"
+    return f"{chosen} ({node['scope']})"
 
 
 def _finetune_of(tuned: FinetuneConfig) -> str:

@@ -149,8 +149,9 @@ class RolloutDataModule(L.LightningDataModule):
         self.buffer.add(trained, index)
         self._ahead.used()
         self._trained_from = module.global_step
-        if index == 0:
-            module.calibrate(TrajectoryBatch.collate(trained, self.pad_id).to(module.device))
+        if index == 0 or module.length_control.is_on:
+            fresh = TrajectoryBatch.collate(trained, self.pad_id).to(module.device)
+            (module.calibrate if index == 0 else module.price_length)(fresh)
         self.tokens_of_refill = sum(t.length for t in trajectories)
         self.tokens_generated += self.tokens_of_refill
         scoring = pooled([(found, sum(t.length for t in own)) for own, found in shares])

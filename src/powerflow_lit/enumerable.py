@@ -115,6 +115,18 @@ class Language:
         log_z = root(lambda x: float((energy - x * self.lengths).logsumexp(0)))
         return energy - log_z * self.lengths, log_z
 
+    def chosen_length_target(
+        self, base: Tensor, alpha: float, length: float, psi: Tensor | float = 0.0
+    ) -> tuple[Tensor, float]:
+        """p^alpha exp(alpha L psi - lambda L) / Z of mean length `length` (tokens), and lambda."""
+        energy = alpha * (self.log_probs(base) + self.lengths * psi)
+
+        def at(price: float) -> Tensor:
+            return (energy - price * self.lengths).log_softmax(0)
+
+        price = root(lambda x: float((at(x).exp() * self.lengths).sum()) - length)
+        return at(price), price
+
     def token_target(
         self, base: Tensor, strength: float, psi: Tensor | float = 0.0
     ) -> tuple[Tensor, float]:

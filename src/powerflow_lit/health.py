@@ -39,8 +39,8 @@ class Health(Callback):
         self._present: set[str] = set()  # findings of the last refill
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = _data(trainer)
-        data.on_warning = lambda text: self._keep(trainer, text)
+        for part in (_data(trainer), pl_module):
+            part.on_warning = lambda text: self._keep(trainer, text)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = _data(trainer)

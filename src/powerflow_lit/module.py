@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from powerflow_lit import ranks
 from powerflow_lit.automatic_alpha import AutomaticAlpha
 from powerflow_lit.fresh import FreshRollouts
+from powerflow_lit.length_control import LengthControl
 from powerflow_lit.log_z import LogZ, LogZContext
 from powerflow_lit.models import sharding
 from powerflow_lit.models.base import CopiedBase, FrozenBase, frozen_base
@@ -49,6 +50,7 @@ class PowerFlowModule(OptimizedModule):
             `entropy_temperature` is given the policy's token entropies at it.
         log_z: where log Z comes from; unused where the objective has none.
         alpha, alpha_schedule: the power, and how it is used over training.
+        length_control: whether the mean length is chosen, for which `objective` needs a place.
         format_penalty: psi of a response without the task's format, 0 or negative.
         calibrate: keyword arguments of the objective, as numbers or as the name of a statistic of
             the first refill (`length_mean`), which is then kept in the checkpoint.
@@ -67,6 +69,7 @@ class PowerFlowModule(OptimizedModule):
         log_z: LogZ,
         alpha: float,
         alpha_schedule: AlphaSchedule,
+        length_control: LengthControl,
         format_penalty: float,
         calibrate: Mapping[str, str | float],
         loss_scale: float,
@@ -98,7 +101,8 @@ class PowerFlowModule(OptimizedModule):
         self._frozen = (base or frozen_base(policy, None),)
         self.strict_loading = not is_lora(policy)  # an adapter's checkpoint has no frozen weights
         self.uses_log_z = bool(getattr(objective, "uses_log_z", False))
-        self.uses_log_p_old = bool(getattr(objective, "uses_log_p_old", True))
+        self.length_control = length_control  # which reads them too
+        self.uses_log_p_old = length_control.is_on or getattr(objective, "uses_log_p_old", True)
         self.entropy_temperature = getattr(objective, "entropy_temperature", None)
         self.log_z = log_z if self.uses_log_z else LogZ()
         self.log_z.build(policy.config.get_text_config().hidden_size)
@@ -113,6 +117,7 @@ class PowerFlowModule(OptimizedModule):
         self.loss_scale = loss_scale
         self.tokens_per_microbatch = tokens_per_microbatch
         self.logit_chunk_mb = logit_chunk_mb
+        self.on_warning: Callable[[str], None] | None = None  # told what the run should remember
         self.alpha_pull = 1.0  # share of alpha - 1 that counts; a monitor may lower it
 
     @property
@@ -166,6 +171,8 @@ class PowerFlowModule(OptimizedModule):
             self.step_metrics = {k: v for k, v in self.step_metrics.items() if k not in RAW_RATIOS}
         if self.uses_log_z:
             self.step_metrics["log_z_group"] = self.group_log_z(inputs, alpha)
+        for name, value in self.length_control.metrics().items():
+            self.step_metrics[name] = torch.tensor(value)
         return self.loss_scale * ranks.world_size() * output.loss
 
     def _no_loss(self) -> Tensor | None:
@@ -213,6 +220,7 @@ class PowerFlowModule(OptimizedModule):
             format_penalty=log_pf.new_tensor(self.format_penalty) * ~batch.formatted,
             prompt_index=batch.prompt_index,
             reward=batch.reward,
+            length_price=self.length_control.price(batch.prompt_id),
         )
 
     def _ratios_unknown(self, batch: TrajectoryBatch) -> bool:
@@ -253,7 +261,7 @@ class PowerFlowModule(OptimizedModule):
 
     @torch.no_grad()
     def calibrate(self, first_refill: TrajectoryBatch) -> None:
-        """Fix what the strategy takes from the first refill: its constants and log Z's start.
+        """Fix what the strategy takes from the first refill: constants, prices and log Z's start.
 
         The first refill is on-policy, so that the behaviour log-probs are the policy's own, and
         where none were kept those of the base, which the policy still is.
@@ -263,12 +271,29 @@ class PowerFlowModule(OptimizedModule):
             name: statistics[value] if isinstance(value, str) else float(value)
             for name, value in self.calibrate_from.items()
         }
+        self.price_length(first_refill)
         if self.uses_log_z:
-            old, base = first_refill.log_p_old, first_refill.log_p_base
-            inputs = self.loss_inputs(first_refill, torch.where(old.isnan(), base, old))
             alpha = self.alpha_of(first_refill.prompt_id)
-            mismatch, weight = self.mismatch_and_weight(inputs, alpha)
+            mismatch, weight = self.mismatch_and_weight(self._as_sampled(first_refill), alpha)
             self.log_z.initialise(-float((weight * mismatch).sum() / weight.sum()))
+
+    @torch.no_grad()
+    def price_length(self, refill: TrajectoryBatch) -> None:
+        """Set the price of length by a refill that is about to be trained on, if there is one."""
+        if not self.length_control.is_on:
+            return
+        alpha = self.alpha_of(refill.prompt_id)
+        mismatch, _ = self.mismatch_and_weight(self._as_sampled(refill), alpha)
+        length = refill.tokens.response_lengths
+        prompts = refill.prompt_index, refill.prompt_id
+        for warning in self.length_control.observe(mismatch, length, *prompts):
+            self.print(f"warning: {warning}")
+            if self.on_warning is not None:
+                self.on_warning(warning)
+
+    def _as_sampled(self, refill: TrajectoryBatch) -> LossInputs:
+        old = refill.log_p_old
+        return self.loss_inputs(refill, torch.where(old.isnan(), refill.log_p_base, old))
 
     @torch.no_grad()
     def residual(self, batch: TrajectoryBatch) -> Tensor:
@@ -303,6 +328,7 @@ class PowerFlowModule(OptimizedModule):
             "alpha_pull": self.alpha_pull,
             "automatic_alpha": None if self.automatic is None else self.automatic.state_dict(),
             "fresh": self.fresh.state_dict(),
+            "length_control": self.length_control.state_dict(),
             "random_states": ranks.gather(random_state()),
         }
 
@@ -323,6 +349,7 @@ class PowerFlowModule(OptimizedModule):
         if self.automatic is not None and (before := state.get("automatic_alpha")) is not None:
             self.automatic.load_state_dict(before)
             self.fresh.load_state_dict(state["fresh"])
+        self.length_control.load_state_dict(state.get("length_control", {}))
         states = state.get("random_states") or [state["random_state"]]  # of before several ranks
         self._random_state_to_restore = states[ranks.rank() % len(states)]
 

@@ -34,6 +34,7 @@ IDENTITY = {
     "strategy": "strategy was {}, now {}",
     "finetune": "finetune was {}, now {}",
     "log_z": "log_z was {}, now {}",
+    "length_control": "the chosen length was {}, now {}",
     "ranks": "it ran on {} ranks, now {}",
     "vocabulary": "the tokenizer's vocabulary differs (fingerprint {}, now {})",
     "weights": "the base model differs (fingerprint of its weights {}, now {})",
@@ -134,8 +135,8 @@ def refuse_another(point: ResumePoint, now: Mapping[str, Any], *, force: bool) -
     Raises:
         CheckpointError: names what differs, and its two values.
     """
-    # what a checkpoint did not say when there was one rank, and no schedule that has a state
-    silent = {"ranks": 1, "alpha_schedule": BY_PROGRESS}
+    # what a checkpoint did not say when there was no other
+    silent = {"ranks": 1, "alpha_schedule": BY_PROGRESS, "length_control": "none"}
     before = {**silent, **point.identity}
     differ = [
         IDENTITY[name].format(before.get(name), value)

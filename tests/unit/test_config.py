@@ -40,6 +40,9 @@ def checked(*overrides: str) -> TrainConfig:
     return train_config(composed(*overrides))
 
 
+LENGTH = ("strategy=powerflow_length", "length_control=target")
+
+
 def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
@@ -48,7 +51,8 @@ def choices(group: str) -> list[str]:
 def test_every_task_composes_with_every_strategy_and_builds_its_objective(
     task: str, strategy: str
 ) -> None:
-    config = checked(f"task={task}", f"strategy={strategy}", "alpha=2")
+    chosen = ("length_control=target",) if strategy == "powerflow_length" else ()
+    config = checked(f"task={task}", f"strategy={strategy}", "alpha=2", *chosen)
     assert config.strategy.name == strategy
     assert callable(instantiate(config.strategy.objective))
 
@@ -57,15 +61,17 @@ def test_every_task_composes_with_every_strategy_and_builds_its_objective(
     ("group", "choice"),
     [
         (group, choice)
-        for group in ("log_z", "rollout", "alpha_schedule", "trainer", "callbacks", "logger",
-                      "optimizer", "finetune", "debug", "guard", "monitor", "experiment", "sweep")
+        for group in ("log_z", "length_control", "rollout", "alpha_schedule", "trainer",
+                      "callbacks", "logger", "optimizer", "finetune", "debug", "guard", "monitor",
+                      "experiment", "sweep")
         for choice in choices(group)
         if choice not in NEEDS_A_PLUGIN
     ],
 )  # fmt: skip
 def test_every_yaml_composes(group: str, choice: str) -> None:
-    config = checked(f"{group}={choice}")
-    if group in ("log_z", "alpha_schedule"):
+    fitting = ("strategy=tb_traj",) if f"{group}={choice}" == "length_control=target" else ()
+    config = checked(f"{group}={choice}", *fitting)
+    if group in ("log_z", "alpha_schedule", "length_control"):
         instantiate(getattr(config, group))
 
 
@@ -231,6 +237,22 @@ def test_powerflow_has_the_weight_of_eq_10_and_psi_and_others_only_by_definition
         (("log_z=group", "+log_z.width=3"), "GroupLogZ takes no key at all"),
         (("alpha_schedule=anneal", "alpha_schedule.share=0"), r"share=0: must lie in \(0, 1\]"),
         (("alpha_schedule=anneal", "alpha_schedule.start=-1"), "start=-1: must be positive"),
+        (("length_control=target",), "strategy=powerflow: its objective fixes the length"),
+        (("length_control=target", "strategy=grpo"), "take strategy=powerflow_length or tb_traj"),
+        (("strategy=powerflow_length",), "without a chosen length.*add length_control=target"),
+        ((*LENGTH, "length_control.tokens=96"), "tokens=96: must lie between 1 and .*tokens=96"),
+        ((*LENGTH, "length_control.tokens=1"), "tokens=1: must lie between 1 and"),
+        ((*LENGTH, "length_control.factor=0"), "length_control.factor=0: must be positive"),
+        ((*LENGTH, "length_control.factor=0.4"), "factor=0.4 breaks the monitor's rule length "),
+        ((*LENGTH, "length_control.tokens=1.5"), "tokens=1.5 breaks the monitor's rule length_f"),
+        ((*LENGTH, "length_control.scope=prompts"), "did you mean prompt"),
+        ((*LENGTH, "length_control.follow=2"), r"follow=2: must lie in \[0, 1\]"),
+        ((*LENGTH, "length_control.rate=fast"), "length_control.rate=fast: must be a number"),
+        ((*LENGTH, "length_control.bounds=[1]"), r"bounds=\[1\]: must be two numbers"),
+        ((*LENGTH, "length_control.bounds=[1, -1]"), "the first must be the lesser"),
+        ((*LENGTH, "log_z=fixed"), "log_z=fixed: log Z follows from the price"),
+        ((*LENGTH, "buffer.log_p_old=none"), "length_control=target with buffer.log_p_old=none"),
+        ((*LENGTH, "rollout.samples_per_prompt=1"), "within the rollouts of a prompt"),
         (("buffer.prompts_per_update=17",), "the buffer holds 16 prompt groups at most"),
         (("buffer.prompts_per_update=0",), "buffer.prompts_per_update=0: must be 1 or more"),
         (("tokens_per_microbatch=0",), "tokens_per_microbatch=0"),

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from powerflow_lit.length_control import ChosenLength, LengthControl
 from powerflow_lit.log_z import EmaLogZ, FixedLogZ, GroupLogZ, GroupLooLogZ, HeadLogZ, LogZ
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.objectives import (
     BalanceObjective,
     ImportanceWeight,
+    PerToken,
     PolicyGradientObjective,
     la_tb_mismatch,
     powerflow,
     tb_token_mismatch,
+    tb_traj_mismatch,
     token_variance,
 )
 from powerflow_lit.schedules import anneal, constant
@@ -49,6 +52,7 @@ def module(
         "log_z": log_z or head(),
         "alpha": 3.0,
         "alpha_schedule": constant,
+        "length_control": LengthControl(),
         "format_penalty": -0.5,
         "calibrate": {},
         "loss_scale": 1.0,
@@ -205,6 +209,56 @@ def test_tb_tokens_scale_is_taken_from_the_first_refill_and_kept() -> None:
     resumed = module(GroupLogZ(), objective, calibrate={"scale": "length_mean"})
     resumed.on_load_checkpoint(checkpoint)
     assert resumed.calibration == trained.calibration
+
+
+def length_control(scope: Any) -> ChosenLength:
+    return ChosenLength(
+        tokens=None, factor=1.2, scope=scope, follow=0.5, rate=1.0, max_step=0.2,
+        bounds=(-10.0, 10.0), max_tokens=20,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["global", "prompt"])
+def test_a_price_of_length_is_set_by_each_refill_enters_the_loss_and_is_kept(scope: str) -> None:
+    objective = BalanceObjective(tb_traj_mismatch, PerToken(NO_WEIGHT))
+    made = partial(module, GroupLogZ(), objective, format_penalty=-0.1)
+    trained, data = made(length_control=length_control(scope)), batch()
+    trained.print = lambda *_: None  # type: ignore[method-assign, assignment]
+    assert trained.uses_log_p_old
+    assert not made().uses_log_p_old
+    trained.calibrate(data)
+    first = trained.length_control.price(data.prompt_id)
+    assert first is not None
+    trained.price_length(data)
+    price = trained.length_control.price(data.prompt_id)
+    assert price is not None
+    assert not torch.equal(price, first)
+    assert len(price.unique()) == (1 if scope == "global" else 3)
+
+    loss = step(trained, data)
+    mask, length = data.tokens.mask, data.tokens.response_lengths
+    with torch.no_grad():
+        S = (trained.policy_scores(data).log_prob * mask).sum(1)
+    psi = -0.1 * ~data.formatted
+    u = S - 3.0 * ((data.log_p_base * mask).sum(1) + length * psi) + price * length
+    residual = torch.zeros(len(u))
+    for group in data.prompt_index.unique():
+        rows = data.prompt_index == group
+        w = 1 / length[rows] ** 2
+        residual[rows] = u[rows] - (w * u[rows]).sum() / w.sum()
+    torch.testing.assert_close(loss, ((residual / length) ** 2).mean())
+    shown = trained.step_metrics
+    assert float(shown["length_target"]) == pytest.approx(1.2 * float(length.float().mean()))
+    assert {"length_price", "length_price_lag"} <= shown.keys()
+
+    checkpoint: dict[str, Any] = {}
+    trained.on_save_checkpoint(checkpoint)
+    resumed = made(length_control=length_control(scope))
+    resumed.on_load_checkpoint(checkpoint)
+    again = resumed.length_control.price(data.prompt_id)
+    assert again is not None
+    assert torch.equal(again, price)
+    assert resumed.length_control.metrics() == trained.length_control.metrics()
 
 
 def test_a_prompt_table_is_part_of_the_state() -> None:

@@ -69,6 +69,8 @@ FORBIDDEN = {
     "enumerable.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
                       "rollout", "tasks", "metrics", "module", "datamodule", "log_z"},
     "monitor.py": {"hydra", "omegaconf", "config"},
+    "length_control.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config",
+                          "models", "rollout", "tasks", "module", "datamodule"},
     "log_z.py": {"hydra", "omegaconf", "config", "lightning"},
     "precision.py": {"hydra", "omegaconf", "config", "transformers", "vllm"},
     "export.py": {"hydra", "omegaconf", "config", "lightning", "vllm"},

@@ -22,6 +22,7 @@ def check_combinations(config: TrainConfig) -> None:
     _check_full_vocabulary(config)
     _check_tensor_parallel(config)
     _check_spread(config)
+    _check_length_control(config)
     precision = config.trainer.get("precision")
     require(
         not (config.optimizer.fused and str(precision) in SCALED_LOSS),
@@ -104,6 +105,65 @@ def _check_spread(config: TrainConfig) -> None:
         )
 
 
+def _check_length_control(config: TrainConfig) -> None:
+    """A chosen length has a place in trajectory balance alone, and is steered by its own means."""
+    node, strategy = config.length_control, config.strategy
+    weight, mismatch = (strategy.objective.get(name) for name in ("weight", "mismatch"))
+    if node.get("_target_") == "powerflow_lit.length_control.LengthControl":  # none
+        per_token = isinstance(weight, Mapping) and str(weight.get("_target_")).endswith("PerToken")
+        require(
+            not per_token,
+            f"strategy={strategy.name} without a chosen length: it would shrink as in tb_traj; add "
+            "length_control=target, or take strategy=powerflow",
+        )
+        return
+    target = str(mismatch.get("_target_")) if isinstance(mismatch, Mapping) else ""
+    own = target.startswith("powerflow_lit.")
+    require(
+        (target and not own) or target.endswith(".tb_traj_mismatch"),
+        f"length_control=target with strategy={strategy.name}: its objective fixes the length "
+        "(PowerFlow's log Z' is a price at which log Z is 0), so that none can be chosen: take "
+        "strategy=powerflow_length or tb_traj",
+    )
+    require(
+        config.rollout.samples_per_prompt > 1,
+        f"length_control=target with rollout.samples_per_prompt={config.rollout.samples_per_prompt}"
+        ": lengths are compared within the rollouts of a prompt: needs 2 or more",
+    )
+    require(
+        config.buffer.log_p_old != "none",
+        "length_control=target with buffer.log_p_old=none: the price is set by the log-probs of "
+        "the policy that sampled: take auto, engine or trainer",
+    )
+    require(
+        not str(config.log_z.get("_target_")).endswith(".FixedLogZ"),
+        "length_control=target with log_z=fixed: log Z follows from the price: take log_z=group",
+    )
+
+
+def _check_length_rules(config: TrainConfig) -> None:
+    """No rule of the monitor is broken by the very length that was chosen."""
+    node = config.length_control
+    tokens, factor = node.get("tokens"), node.get("factor")
+    for name, rule in config.monitor.rules.items():
+        if rule.metric != "rollout/length_mean" or factor is None:
+            continue
+        if rule.relative == "factor":
+            chosen, key = (factor, "factor") if tokens is None else (None, "")
+        else:
+            chosen, key = (tokens, "tokens") if rule.relative is None else (None, "")
+        if chosen is None:
+            continue
+        for side, bound in (("below", rule.below), ("above", rule.above)):
+            broken = bound is not None and (chosen < bound if side == "below" else chosen > bound)
+            require(
+                not broken,
+                f"length_control.{key}={chosen:g} breaks the monitor's rule {name} "
+                f"({side}={bound}): set monitor.rules.{name}.{side}, or add "
+                f"~monitor.rules.{name}",
+            )
+
+
 def check_monitor(config: TrainConfig) -> None:
     """The monitor's rules, each by itself and with the strategy."""
     monitor = config.monitor
@@ -115,6 +175,7 @@ def check_monitor(config: TrainConfig) -> None:
         0 < monitor.pull_recovery <= 1,
         f"monitor.pull_recovery={monitor.pull_recovery}: must lie in (0, 1], e.g. 0.1",
     )
+    _check_length_rules(config)
     is_rl = _is_rl(config)
     for name, rule in monitor.rules.items():
         key = f"monitor.rules.{name}"

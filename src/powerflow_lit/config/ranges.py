@@ -102,6 +102,7 @@ def check_train_ranges(config: TrainConfig) -> None:
     _check_callbacks(config)
     _check_log_z(config.log_z)
     check_schedule(config.alpha_schedule)
+    _check_length_control(config.length_control)
     _check_trainer(config.trainer)
     _check_device(config.device)
     _check_logger(config.logger)
@@ -282,6 +283,32 @@ def _check_log_z(node: Mapping[str, Any]) -> None:
     require(0 < rate <= 1, f"log_z.rate={rate}: must lie in (0, 1], the share of the newest value")
     at_least(1, {"log_z.width": numbers.get("width")})
     at_least(0, {"log_z.warmup_steps": numbers.get("warmup_steps")})
+
+
+def _check_length_control(node: Mapping[str, Any]) -> None:
+    """Ranges by the parameter's name, each of which our own class takes."""
+    if not is_ours(node) or "scope" not in node:
+        return
+    group = "length_control"
+    one_of(f"{group}.scope", node["scope"], ("global", "prompt"))
+    tokens, bounds, longest = node.get("tokens"), node["bounds"], node["max_tokens"]
+    names = ("factor", "follow", "rate", "max_step")
+    numbers = {name: node[name] for name in names}
+    check_numbers(group, {**numbers, **({} if tokens is None else {"tokens": tokens})})
+    positive({f"{group}.{name}": numbers[name] for name in ("factor", "rate", "max_step")})
+    follow = numbers["follow"]
+    require(0 <= follow <= 1, f"{group}.follow={follow}: must lie in [0, 1]; 0 is dual ascent")
+    require(
+        tokens is None or 1 < tokens < longest,
+        f"{group}.tokens={tokens}: must lie between 1 and rollout.max_new_tokens={longest}",
+    )
+    require(
+        isinstance(bounds, list) and len(bounds) == 2,
+        f"{group}.bounds={bounds}: must be two numbers, as in [-10, 10]",
+    )
+    check_numbers(f"{group}.bounds", {str(place): bound for place, bound in enumerate(bounds)})
+    low, high = bounds
+    require(low < high, f"{group}.bounds={bounds}: the first must be the lesser, as in [-10, 10]")
 
 
 def _check_trainer(node: Mapping[str, Any]) -> None:

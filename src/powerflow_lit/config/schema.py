@@ -218,6 +218,7 @@ class TrainConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     alpha_schedule: dict[str, Any] = MISSING
+    length_control: dict[str, Any] = MISSING
     log_z: dict[str, Any] = MISSING
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

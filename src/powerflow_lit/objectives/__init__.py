@@ -21,6 +21,13 @@ from powerflow_lit.objectives.inputs import (
     NonFiniteInputError,
     ObjectiveError,
 )
+from powerflow_lit.objectives.length_price import (
+    LengthFit,
+    PerToken,
+    length_fit,
+    solve_length_price,
+    tilted_length,
+)
 from powerflow_lit.objectives.log_z import group_log_z, leave_one_out_log_z
 from powerflow_lit.objectives.policy_gradient import (
     PolicyGradientObjective,
@@ -35,10 +42,12 @@ __all__ = [
     "BalanceObjective",
     "EntropyObjective",
     "ImportanceWeight",
+    "LengthFit",
     "LossInputs",
     "LossOutput",
     "NonFiniteInputError",
     "ObjectiveError",
+    "PerToken",
     "PolicyGradientObjective",
     "PpoClip",
     "RewardObjective",
@@ -48,12 +57,15 @@ __all__ = [
     "la_tb",
     "la_tb_mismatch",
     "leave_one_out_log_z",
+    "length_fit",
     "powerflow",
     "rl_token",
     "rl_traj",
+    "solve_length_price",
     "tb_token",
     "tb_token_mismatch",
     "tb_traj",
     "tb_traj_mismatch",
+    "tilted_length",
     "token_variance",
 ]

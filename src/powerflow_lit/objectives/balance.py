@@ -28,6 +28,7 @@ from powerflow_lit.objectives.inputs import (
     checked,
     lengths,
     masked_sum,
+    refuse_length_price,
     reward_of,
 )
 from powerflow_lit.objectives.weights import ImportanceWeight, Weights, weight_metrics
@@ -40,15 +41,23 @@ UNWEIGHTED = ImportanceWeight("none", None, None)
 
 
 def tb_traj_mismatch(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
-    """S - alpha (B + |y| psi), eq. 5 without log Z on p_base^alpha exp(alpha |y| psi)."""
+    """S - alpha (B + |y| psi), eq. 5 without log Z on p_base^alpha exp(alpha |y| psi).
+
+    With a price lambda of length + lambda |y|: that target times exp(-lambda |y|).
+    """
     check_alpha(alpha)
     S, B, L = sums(inputs)
-    return S - alpha * (B + L * inputs.format_penalty)
+    mismatch = S - alpha * (B + L * inputs.format_penalty)
+    return mismatch if inputs.length_price is None else mismatch + L * inputs.length_price
 
 
 def la_tb_mismatch(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
-    """s - alpha (b + psi), eq. 7 without log Z': the energy surface averaged over the length."""
+    """s - alpha (b + psi), eq. 7 without log Z': the energy surface averaged over the length.
+
+    log Z' already is a price of length, the one at which log Z is 0.
+    """
     check_alpha(alpha)
+    refuse_length_price(inputs, "a length-averaged residual")
     S, B, L = sums(inputs)
     return S / L - alpha * (B / L + inputs.format_penalty)
 
@@ -70,6 +79,7 @@ def tb_token_mismatch(
         )
     if not scale > 0:
         raise ObjectiveError(f"tb_token scale={scale} must be positive (tokens)")
+    refuse_length_price(inputs, "tb_token")
     S, B, L = sums(inputs)
     energy = B / L + inputs.format_penalty
     if reading == "energy":
@@ -87,6 +97,7 @@ def flowrl_mismatch(inputs: LossInputs, *, alpha: Alpha, scale: float) -> Tensor
     """
     if not scale > 0:
         raise ObjectiveError(f"flowrl scale={scale} must be positive, e.g. 15")
+    refuse_length_price(inputs, "flowrl")
     S, B, L = sums(inputs)
     reward = advantages(reward_of(inputs).to(S.dtype), inputs.prompt_index, "grpo")
     return S / L - (B / L + inputs.format_penalty) - scale * reward

@@ -33,6 +33,7 @@ class LossInputs:
     prompt_index: Tensor  # (N,) long  equal for rollouts of one prompt
     reward: Tensor | None = None  # (N,) float  of the rollout, for strategies that take one
     token_entropy: Tensor | None = None  # (N, T) float  nats, of the policy; carries the gradient
+    length_price: Tensor | None = None  # (N,) float  lambda of a chosen length, nats per token
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -42,7 +43,7 @@ class LossInputs:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ObjectiveError(f"{name} has shape {tuple(value.shape)}, mask {tuple(shape)}")
-        for name in ("log_z", "format_penalty", "prompt_index", "reward"):
+        for name in ("log_z", "format_penalty", "prompt_index", "reward", "length_price"):
             value = getattr(self, name)
             if value is not None and value.shape != shape[:1]:
                 raise ObjectiveError(
@@ -86,7 +87,7 @@ def checked(inputs: LossInputs) -> LossInputs:
                 f"{name} is {value[row, column].item()} at trajectory {row}, token {column} "
                 f"({int(bad.sum())} such tokens)"
             )
-    for name in ("log_z", "format_penalty", "reward"):
+    for name in ("log_z", "format_penalty", "reward", "length_price"):
         value = getattr(inputs, name)
         if value is not None and not bool(torch.isfinite(value).all()):
             raise NonFiniteInputError(f"{name} holds a NaN or an infinity: {value.tolist()[:8]}")
@@ -106,6 +107,7 @@ def checked(inputs: LossInputs) -> LossInputs:
         prompt_index=inputs.prompt_index,
         reward=None if inputs.reward is None else _wide(inputs.reward).detach(),
         token_entropy=clean.get("token_entropy"),
+        length_price=None if inputs.length_price is None else _wide(inputs.length_price).detach(),
     )
 
 
@@ -118,6 +120,15 @@ def reward_of(inputs: LossInputs) -> Tensor:
     if inputs.reward is None:
         raise ObjectiveError("the objective takes rewards and there are none: set strategy.reward")
     return inputs.reward
+
+
+def refuse_length_price(inputs: LossInputs, objective: str) -> None:
+    """Raises ObjectiveError if a price of length is set, for which the objective has no place."""
+    if inputs.length_price is not None:
+        raise ObjectiveError(
+            f"length_price with {objective}: there the length follows from the objective and "
+            "cannot be chosen; take strategy=powerflow_length or tb_traj, or length_control=none"
+        )
 
 
 def check_alpha(alpha: Alpha, above: float = 0.0, why: str = "the power of p_base") -> None:

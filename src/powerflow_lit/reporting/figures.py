@@ -37,6 +37,7 @@ TITLES = {
     "val/unique_valid@16": "unique valid among 16 samples",
     SPREAD: "residual spread on base samples",
 }
+LENGTHS = ("rollout/length_mean", "val/length_mean")  # a chosen length is a line across
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9.5,
     "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.grid": True, "grid.alpha": 0.3,
@@ -132,6 +133,9 @@ def _draw_group(axis: Axes, g: Group, metric: str, look: Style, smooth: int) -> 
         axis.plot(refills, means, marker=mark, markersize=4.5, **look.drawn())
         if len(counted) > 1:
             axis.fill_between(refills, least, greatest, color=look.colour, alpha=0.18, linewidth=0)
+    chosen = [t for r in counted if (t := r.last("train/length_target")) is not None]
+    if chosen and metric in LENGTHS:
+        axis.axhline(sum(chosen) / len(chosen), **look.drawn(linestyle=":", linewidth=1.0))
     for run in g.runs:
         if not run.finished:  # drawn thin and to its end, and never part of a mean
             refills, values, _, _ = band([run.curve(metric)], smooth)

@@ -16,6 +16,7 @@ from powerflow_lit.reporting.runs import Run
 # ones for its rivals
 COLOURS = {
     "powerflow": "#0072B2",
+    "powerflow_length": "#88CCEE",
     "la_tb": "#56B4E9",
     "tb_traj": "#D55E00",
     "tb_token": "#E69F00",
