@@ -8,18 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
-import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit import ranks
 from powerflow_lit.clock import PhaseClock
 from powerflow_lit.models.lora import policy_weights
-from powerflow_lit.models.prompting import Route, decode, encode_prompts
+from powerflow_lit.models.prompting import Route, encode_prompts
 from powerflow_lit.models.sharding import agreed
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.prompt_order import prompts_of, usable_prompts
 from powerflow_lit.rewarding import Rewarder, RewardSettings
-from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
+from powerflow_lit.rollout import ReplayBuffer, RolloutEngine
 from powerflow_lit.rollout.ahead import Ahead, Sampled, joined
 from powerflow_lit.rollout.buffer import Updates
 from powerflow_lit.rollout.engine import seed_from
@@ -27,6 +26,7 @@ from powerflow_lit.rollout.metrics import pooled, rollout_metrics
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
 from powerflow_lit.scoring import LogPOld, Progress, RolloutSettings, Scorer
 from powerflow_lit.tasks.base import Task
+from powerflow_lit.trajectories import refuse_stale, refuse_unknown, trajectories_of
 from powerflow_lit.types import Prompt, Sampling, Trajectory, TrajectoryBatch
 
 EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
@@ -126,7 +126,8 @@ class RolloutDataModule(L.LightningDataModule):
         if self.settings.overlap and epoch < last:
             ranks.gathered(lambda: self._sample_ahead(epoch + 1))
         self.rest_engine()
-        self._refuse_unknown()
+        if self.keeps_log_p_old != "none":
+            refuse_unknown(self.buffer)
         refill, made = self._made_before
         start = made if refill == self.buffer.refill else 0
         return Updates(self.buffer.updates(self.pad_id), start)
@@ -171,7 +172,8 @@ class RolloutDataModule(L.LightningDataModule):
             sampled = self._sample(index, prompts)
         with self.clock("score"):
             trajectories = agreed(in_step, lambda: self._trajectories(prompts, first, sampled))
-            self._refuse_stale(trajectories, index + 1, max(oldest, 0))
+            version = module.global_step
+            refuse_stale(trajectories, index + 1, oldest=max(oldest, 0), newest=version)
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
             )
@@ -338,54 +340,18 @@ class RolloutDataModule(L.LightningDataModule):
         own = ranks.share(count)
         return every[own], own.start
 
-    # --- trajectories ---------------------------------------------------------------------------
-
     def _trajectories(
         self, prompts: Sequence[Prompt], first: int, sampled: Sampled
     ) -> list[Trajectory]:
-        none = torch.zeros(0)
-        trajectories = []
-        for number, (prompt, group) in enumerate(zip(prompts, sampled.groups, strict=True), first):
-            for completion in group:
-                response = decode(self.tokenizer, completion.token_ids)
-                trajectories.append(
-                    Trajectory(
-                        prompt=prompt,
-                        group=sampled.refill * self.settings.prompts_per_refill + number,
-                        prompt_ids=self._prompt_ids[prompt.id],
-                        response_ids=completion.token_ids,
-                        response=response,
-                        truncated=completion.truncated,
-                        formatted=self.task.is_formatted(response),
-                        correct=self.task.is_correct(prompt, response),
-                        policy_version=sampled.policy_version,
-                        log_p_old=completion.log_p_old,
-                        log_p_base=none,
-                    )
-                )
-        return trajectories
-
-    def _refuse_stale(self, trajectories: Sequence[Trajectory], refill: int, oldest: int) -> None:
-        """Raises EngineError if any was sampled from weights older than those of update `oldest`,
-        or from others than the policy ever had."""
-        version = self._module.global_step
-        stale = [v for t in trajectories if not oldest <= (v := t.policy_version) <= version]
-        if stale:
-            raise EngineError(
-                f"stale weights: {len(stale)} of {len(trajectories)} trajectories of refill "
-                f"{refill} were sampled from the policy of update {stale[0]}, but it has made "
-                f"{version}" + (f", and may be behind to {oldest}" if oldest < version else "")
-            )
-
-    def _refuse_unknown(self) -> None:
-        """Raises EngineError where a resumed run asks more of the buffer than it was given."""
-        unknown = sum(bool(t.log_p_old.isnan().any()) for t in self.buffer)
-        if unknown and self.keeps_log_p_old != "none":
-            raise EngineError(
-                f"{unknown} trajectories of the replay buffer were kept without behaviour "
-                "log-probs, which this run needs: resume it with the strategy, buffer.log_p_old "
-                "and buffer.max_staleness of before"
-            )
+        first_group = sampled.refill * self.settings.prompts_per_refill + first
+        return trajectories_of(
+            sampled,
+            prompts,
+            self._prompt_ids,
+            first_group=first_group,
+            task=self.task,
+            tokenizer=self.tokenizer,
+        )
 
     def _note_rebuild(self, why: str) -> None:
         self.engine_rebuilds += 1
