@@ -13,6 +13,8 @@ from powerflow_lit.rollout.ahead import Sampled
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.types import Prompt, Trajectory
 
+BASE_VERSION = 0  # the policy before its first update is the base
+
 
 def trajectories_of(
     sampled: Sampled,
@@ -23,7 +25,9 @@ def trajectories_of(
     task: Task,
     tokenizer: Tokenizer,
 ) -> list[Trajectory]:
-    """The responses of a refill, prompt after prompt; the base's log-probs are still to come.
+    """The responses of a refill, prompt after prompt, and of each the policy's before the base's.
+
+    Log-probs under the base are still to come.
 
     Args:
         prompt_ids: token ids by the prompt's id.
@@ -31,8 +35,11 @@ def trajectories_of(
     """
     none = torch.zeros(0)
     trajectories = []
-    for number, (prompt, group) in enumerate(zip(prompts, sampled.groups, strict=True)):
-        for completion in group:
+    of_base = sampled.of_base or [[] for _ in prompts]
+    groups = zip(prompts, sampled.groups, of_base, strict=True)
+    for number, (prompt, own, extra) in enumerate(groups):
+        for place, completion in enumerate([*own, *extra]):
+            from_base = place >= len(own)
             response = decode(tokenizer, completion.token_ids)
             trajectories.append(
                 Trajectory(
@@ -44,9 +51,10 @@ def trajectories_of(
                     truncated=completion.truncated,
                     formatted=task.is_formatted(response),
                     correct=task.is_correct(prompt, response),
-                    policy_version=sampled.policy_version,
+                    policy_version=BASE_VERSION if from_base else sampled.policy_version,
                     log_p_old=completion.log_p_old,
                     log_p_base=none,
+                    from_base=from_base,
                 )
             )
     return trajectories
@@ -55,15 +63,21 @@ def trajectories_of(
 def refuse_stale(
     trajectories: Sequence[Trajectory], refill: int, *, oldest: int, newest: int
 ) -> None:
-    """Raises EngineError if any was sampled from weights older than those of update `oldest`, or
-    from others than the policy, which has made `newest`, ever had."""
-    stale = [v for t in trajectories if not oldest <= (v := t.policy_version) <= newest]
+    """Raises EngineError if any of the policy's was sampled from weights older than those of update
+    `oldest`, or from others than the policy, which has made `newest`, ever had."""
+    versions = [t.policy_version for t in own_samples(trajectories)]
+    stale = [version for version in versions if not oldest <= version <= newest]
     if stale:
         raise EngineError(
-            f"stale weights: {len(stale)} of {len(trajectories)} trajectories of refill "
+            f"stale weights: {len(stale)} of {len(versions)} trajectories of refill "
             f"{refill} were sampled from the policy of update {stale[0]}, but it has made "
             f"{newest}" + (f", and may be behind to {oldest}" if oldest < newest else "")
         )
+
+
+def own_samples(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """Those that the policy has sampled, in their order; the others are the frozen base's."""
+    return [t for t in trajectories if not t.from_base]
 
 
 def refuse_unknown(trajectories: Iterable[Trajectory]) -> None:
