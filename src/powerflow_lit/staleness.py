@@ -29,11 +29,12 @@ def part_with_outlived(
         `rollout/stale_dropped`, trajectories; `rollout/ess`, of what is left.
     """
     held = own_samples(buffer)
-
-    def own_ratios() -> Tensor:
-        return _log_ratios(scorer, module, held[ranks.share(len(held))])
-
-    every = torch.cat(ranks.gathered(own_ratios))
+    is_stale = torch.tensor([t.policy_version != module.global_step for t in held])
+    stale = [t for t, old in zip(held, is_stale.tolist(), strict=True) if old]
+    every = torch.zeros(len(held), dtype=torch.float64)  # of what it has just sampled: no pass
+    if stale:
+        mine = stale[ranks.share(len(stale))]
+        every[is_stale] = torch.cat(ranks.gathered(lambda: log_ratios(scorer, module, mine)))
     sizes = [len(own_samples(group)) for group in buffer.refills.values()]
     by_refill = dict(zip(buffer.refills, every.split(sizes), strict=True))
     dropped = buffer.drop(outlived(by_refill, min_ess))
@@ -41,19 +42,11 @@ def part_with_outlived(
     return {"rollout/stale_dropped": float(dropped), "rollout/ess": float(effective_share(left))}
 
 
-def _log_ratios(
+def log_ratios(
     scorer: Scorer, module: PowerFlowModule, trajectories: Sequence[Trajectory]
 ) -> Tensor:
-    """log pi_theta(y) - log pi_old(y) under the policy as it is now, (N,) nats.
-
-    0 for what it has just sampled, which needs no pass.
-    """
-    stale = [t.policy_version != module.global_step for t in trajectories]
-    chosen = [t for t, is_stale in zip(trajectories, stale, strict=True) if is_stale]
-    found = torch.zeros(len(trajectories), dtype=torch.float64)
-    if chosen:
-        log_pf = scorer.policy_log_probs(module, chosen)
-        pairs = zip(log_pf, chosen, strict=True)
-        ratios = [float((now - t.log_p_old).double().sum()) for now, t in pairs]
-        found[torch.tensor(stale)] = torch.tensor(ratios, dtype=torch.float64)
-    return found
+    """log pi_theta(y) - log pi_old(y) under the policy as it is now, (N,) nats."""
+    log_pf = scorer.policy_log_probs(module, trajectories)
+    pairs = zip(log_pf, trajectories, strict=True)
+    ratios = [float((now - t.log_p_old).double().sum()) for now, t in pairs]
+    return torch.tensor(ratios, dtype=torch.float64)

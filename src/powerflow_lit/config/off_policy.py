@@ -45,8 +45,8 @@ def _check_base_share(config: TrainConfig) -> None:
     )
     require(
         not policys_own,
-        f"{given} with strategy={strategy.name}: its gradient is an expectation over the policy's "
-        "own samples; a squared residual is least at its target on any: take a balance strategy",
+        f"{given} with strategy={strategy.name}: it learns from the policy's own samples alone; "
+        "those of another take a balance strategy without rewards, such as powerflow",
     )
     require(
         not rollout.overlap,
