@@ -125,12 +125,12 @@ def test_rollout_metrics_are_of_the_policys_own_samples(mixed: Path) -> None:
                 assert float(logged["rollout/length_mean"]) == pytest.approx(length)
 
 
-@pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize("finetune", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_it_is_taken_up_where_it_was_left_bit_by_bit(tmp_path: Path, finetune: str) -> None:
     settings = [*SHARE, *STALE, f"finetune={finetune}", "optimizer.lr=3e-3"]
-    whole = trained(tmp_path / "whole", *settings, "refills=4")
+    whole = trained(tmp_path / "whole", *settings, "refills=3")
     trained(tmp_path / "halves", *settings, "refills=2")
-    trained(tmp_path / "halves", *settings, "refills=4", f"resume={tmp_path / 'halves'}")
+    trained(tmp_path / "halves", *settings, "refills=3", f"resume={tmp_path / 'halves'}")
     assert_same_run(whole, tmp_path / "halves")
 
 
