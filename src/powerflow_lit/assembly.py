@@ -186,6 +186,7 @@ def build_datamodule(
         settings=RolloutSettings(
             prompts_per_refill=rollout.prompts_per_refill,
             samples_per_prompt=rollout.samples_per_prompt,
+            base_share=rollout.base_share,
             max_new_tokens=rollout.max_new_tokens,
             max_prompt_tokens=rollout.max_prompt_tokens,
             log_p_old=buffer.log_p_old,  # type: ignore[arg-type]
@@ -197,6 +198,7 @@ def build_datamodule(
             overlap=rollout.overlap,
             score_while_generating=rollout.score_while_generating,
             shares_engine=int(rollout.engine.get("tensor_parallel", 1)) > 1,
+            min_ess=buffer.min_ess,
         ),
         prompt_route=config.model.prompt_route,  # type: ignore[arg-type]
         seed=config.seed,

@@ -5,31 +5,36 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from powerflow_lit import ranks
 from powerflow_lit.clock import PhaseClock
-from powerflow_lit.models.lora import policy_weights
-from powerflow_lit.models.prompting import Route, decode, encode_prompts
+from powerflow_lit.models.prompting import Route, encode_prompts
 from powerflow_lit.models.sharding import agreed
 from powerflow_lit.module import PowerFlowModule
 from powerflow_lit.prompt_order import prompts_of, usable_prompts
 from powerflow_lit.rewarding import Rewarder, RewardSettings
-from powerflow_lit.rollout import EngineError, ReplayBuffer, RolloutEngine
-from powerflow_lit.rollout.ahead import Ahead, Sampled, joined
+from powerflow_lit.rollout import ReplayBuffer
+from powerflow_lit.rollout.ahead import Ahead, Groups, Sampled, joined
 from powerflow_lit.rollout.buffer import Updates
-from powerflow_lit.rollout.engine import seed_from
+from powerflow_lit.rollout.engine import OnFinished, seed_from
 from powerflow_lit.rollout.metrics import pooled, rollout_metrics
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
+from powerflow_lit.run_engine import EngineFactory, RunEngine
 from powerflow_lit.scoring import LogPOld, Progress, RolloutSettings, Scorer
+from powerflow_lit.staleness import part_with_outlived
 from powerflow_lit.tasks.base import Task
+from powerflow_lit.trajectories import (
+    own_samples,
+    refuse_stale,
+    refuse_unknown,
+    trajectories_of,
+)
 from powerflow_lit.types import Prompt, Sampling, Trajectory, TrajectoryBatch
-
-EngineFactory = Callable[[PowerFlowModule], RolloutEngine]
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -75,15 +80,18 @@ class RolloutDataModule(L.LightningDataModule):
         self.refill_metrics: dict[str, float] = {}
         self.tokens_generated = self.tokens_of_refill = 0
         self._made_before = (-1, 0)  # refill of the checkpoint, and its updates made by then
-        self.engine_rebuilds = 0
         self.on_progress: Progress | None = None
         self.on_warning: Callable[[str], None] | None = None  # told what the run should remember
         self._scorer = Scorer(settings, pad_id=self.pad_id, report=self._report)
         self._rewarder = Rewarder(reward, task, settings, pad_id=self.pad_id, report=self._report)
-        self._engine_factory = engine_factory
-        self._engine: RebuildingEngine | None = None
-        self._engine_is_new = True  # nothing that it decoded was compared yet
         self._ahead = Ahead(self._waiting, lambda why: self._module.print(f"warning: {why}"))
+        self._held = RunEngine(
+            engine_factory,
+            module=lambda: self._module,
+            settle=self._ahead.settle,
+            clock=clock,
+            on_rebuild=self._note_rebuild,
+        )
         self._trained_from = -1  # updates made as the newest refill's training began
         self._done_at = 0.0  # when this rank had its share of a refill
         self.train_prompts, self._prompt_ids = self._usable_prompts(
@@ -94,17 +102,12 @@ class RolloutDataModule(L.LightningDataModule):
     @property
     def engine(self) -> RebuildingEngine:
         """The engine, as soon as nothing is sampled in a thread any more."""
-        with self.clock("rollout"):
-            self._ahead.settle()
-        if self._engine is None:
-            with self.clock("start"):  # of the engine; one that is built anew counts as rollout
-                self._engine = RebuildingEngine(
-                    lambda: self._engine_factory(self._module),
-                    policy=lambda: (policy_weights(self._module.policy), self._module.global_step),
-                    on_rebuild=self._note_rebuild,
-                    may_rebuild=ranks.world_size() == 1,
-                )
-        return self._engine
+        return self._held.get()
+
+    @property
+    def engine_rebuilds(self) -> int:
+        """How often it was built anew."""
+        return self._held.rebuilds
 
     @property
     def _module(self) -> PowerFlowModule:
@@ -126,7 +129,8 @@ class RolloutDataModule(L.LightningDataModule):
         if self.settings.overlap and epoch < last:
             ranks.gathered(lambda: self._sample_ahead(epoch + 1))
         self.rest_engine()
-        self._refuse_unknown()
+        if self.keeps_log_p_old != "none":
+            refuse_unknown(self.buffer)
         refill, made = self._made_before
         start = made if refill == self.buffer.refill else 0
         return Updates(self.buffer.updates(self.pad_id), start)
@@ -140,7 +144,7 @@ class RolloutDataModule(L.LightningDataModule):
             DivergedError: weights or log-probs are not finite.
         """
         module = self._module
-        if self._engine is None:  # what several ranks build, they build at once
+        if not self._held.is_built:  # what several ranks build, they build at once
             ranks.gathered(lambda: self.engine.name)
         shares = ranks.gathered(lambda: self._refill_share(index))
         self._wait_over()
@@ -150,12 +154,19 @@ class RolloutDataModule(L.LightningDataModule):
         self._ahead.used()
         self._trained_from = module.global_step
         if index == 0 or module.length_control.is_on:
-            fresh = TrajectoryBatch.collate(trained, self.pad_id).to(module.device)
+            fresh = TrajectoryBatch.collate(own_samples(trained), self.pad_id).to(module.device)
             (module.calibrate if index == 0 else module.price_length)(fresh)
         self.tokens_of_refill = sum(t.length for t in trajectories)
         self.tokens_generated += self.tokens_of_refill
         scoring = pooled([(found, sum(t.length for t in own)) for own, found in shares])
-        self.refill_metrics = {**rollout_metrics(trajectories), **scoring}
+        own = own_samples(trajectories)
+        self.refill_metrics = {**rollout_metrics(own), **scoring}
+        if self.settings.base_share:
+            self.refill_metrics["rollout/base_share"] = 1 - len(own) / len(trajectories)
+        if min_ess := self.settings.min_ess:
+            with self.clock("score"):
+                found = part_with_outlived(self.buffer, self._scorer, module, min_ess=min_ess)
+            self.refill_metrics |= found
 
     def _refill_share(self, index: int) -> tuple[list[Trajectory], dict[str, float]]:
         """This rank's prompts of a refill: their trajectories, scored, and what scoring found."""
@@ -172,14 +183,16 @@ class RolloutDataModule(L.LightningDataModule):
             sampled = self._sample(index, prompts)
         with self.clock("score"):
             trajectories = agreed(in_step, lambda: self._trajectories(prompts, first, sampled))
-            self._refuse_stale(trajectories, index + 1, max(oldest, 0))
+            version = module.global_step
+            refuse_stale(trajectories, index + 1, oldest=max(oldest, 0), newest=version)
             trajectories, scoring = self._scorer(
                 module, self.engine, trajectories, index + 1, keep, sampled.gap if ahead else None
             )
             trajectories = self._rewarder(module, trajectories)
-        self._engine_is_new = self.engine_rebuilds != rebuilds  # then nothing of it was compared
+        self._held.is_new = self.engine_rebuilds != rebuilds  # then nothing of it was compared
         self._done_at = time.perf_counter()
         return trajectories, {
+            **sampled.gap,
             **scoring,
             "rollout/engine_rebuilds": float(self.engine_rebuilds),
             "rollout/staleness": float(ahead),
@@ -208,34 +221,63 @@ class RolloutDataModule(L.LightningDataModule):
     def _sampling(self, index: int) -> Sampling:
         settings = self.settings
         return Sampling(
-            settings.samples_per_prompt,
+            settings.samples_per_prompt - self._base_samples,
             settings.max_new_tokens,
             min_p=settings.guard_min_p,
             seed=seed_from(
                 random.Random(f"{self.seed}-{index}").randrange(2**31), self._own_prompts(index)[1]
             ),
             log_probs=self._scorer.prompts_with_log_probs(
-                self.keeps_log_p_old, is_first=self._engine_is_new
+                self.keeps_log_p_old, is_first=self._held.is_new
             ),
         )
 
+    @property
+    def _base_samples(self) -> int:
+        """Responses of a prompt that the base is to give, which the policy still is at first."""
+        return self.settings.base_samples if self._module.global_step > 0 else 0
+
     def _sample(self, index: int, prompts: Sequence[Prompt]) -> Sampled:
-        """The responses of a refill from the policy's present weights."""
-        self.sync_engine()
-        total = len(prompts) * self.settings.samples_per_prompt
+        """The responses of a refill from the policy's present weights, and from the base's."""
         ids, sampling = [self._prompt_ids[p.id] for p in prompts], self._sampling(index)
-        scoring = self._scorer.while_generating(self._module, ids)
-        with self.clock("rollout"), scoring as on_finished:
-            groups = agreed(
+        of_base, gap = self._sample_base(index, ids, sampling) if self._base_samples else ([], {})
+        self.sync_engine()
+        with self._scorer.while_generating(self._module, ids) as on_finished:
+            groups = self._generate("rollout", ids, sampling, on_finished)
+        return Sampled(index, self.engine.policy_version, gap, groups, of_base)
+
+    def _sample_base(
+        self, index: int, ids: Sequence[tuple[int, ...]], sampling: Sampling
+    ) -> tuple[Groups, dict[str, float]]:
+        """The base's responses, with seeds of their own, and how far engine and trainer differ."""
+        few = self._base_samples
+        seed = sampling.seed + sampling.samples_per_prompt
+        sampling = replace(sampling, samples_per_prompt=few, seed=seed, log_probs=0)
+        with self._held.as_base():
+            groups = self._generate("rollout of the base", ids, sampling, None)
+            rows = [(p, c.token_ids) for p, own in zip(ids, groups, strict=True) for c in own]
+            with self.clock("score"):
+                gap = self._scorer.check_base(self._module, self.engine, rows, index + 1)
+        return groups, gap
+
+    def _generate(
+        self,
+        phase: str,
+        ids: Sequence[tuple[int, ...]],
+        sampling: Sampling,
+        on_finished: OnFinished | None,
+    ) -> Groups:
+        total = len(ids) * sampling.samples_per_prompt
+        with self.clock("rollout"):
+            return agreed(
                 self.settings.in_step(self._module.policy),
                 lambda: self.engine.generate(
                     ids,
                     sampling,
-                    lambda done, tokens: self._report("rollout", done, total, tokens),
+                    lambda done, tokens: self._report(phase, done, total, tokens),
                     on_finished=on_finished,
                 ),
             )
-        return Sampled(index, self.engine.policy_version, {}, groups)
 
     def _sample_ahead(self, index: int) -> None:
         """Begin to sample a refill from the weights that the training of the one before begins
@@ -261,15 +303,12 @@ class RolloutDataModule(L.LightningDataModule):
 
     def sync_engine(self) -> None:
         """Give the engine the policy's weights, unless it has them."""
-        version = self._module.global_step
-        if self.engine.policy_version != version:
-            with self.clock("sync"):
-                self.engine.sync(policy_weights(self._module.policy), version)
+        self._held.sync()
 
     def rest_engine(self) -> None:
         """Let the engine give memory back, unless it is at work; the next sync takes it again."""
-        if self._engine is not None and not self._ahead.is_begun:
-            self._engine.rest()
+        if not self._ahead.is_begun:
+            self._held.rest()
 
     def check_engine(self) -> None:
         """Let the engine score what the policy scores too; for syncs that no refill follows.
@@ -283,9 +322,7 @@ class RolloutDataModule(L.LightningDataModule):
     def close(self) -> None:
         """Free the engine, and drop what it samples; safe to call twice."""
         self._ahead.close()
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self._held.close()
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -314,7 +351,7 @@ class RolloutDataModule(L.LightningDataModule):
         refill, made = state_dict["updates_made"]
         self._made_before = (refill, made)
         self.refill_metrics = state_dict["refill_metrics"]
-        self.engine_rebuilds = state_dict["engine_rebuilds"]
+        self._held.rebuilds = state_dict["engine_rebuilds"]
         self.tokens_generated = state_dict["tokens_generated"]
         self.tokens_of_refill = state_dict.get("tokens_of_refill", 0)
         self.clock.load_state_dict(state_dict["clock"])
@@ -339,58 +376,20 @@ class RolloutDataModule(L.LightningDataModule):
         own = ranks.share(count)
         return every[own], own.start
 
-    # --- trajectories ---------------------------------------------------------------------------
-
     def _trajectories(
         self, prompts: Sequence[Prompt], first: int, sampled: Sampled
     ) -> list[Trajectory]:
-        none = torch.zeros(0)
-        trajectories = []
-        for number, (prompt, group) in enumerate(zip(prompts, sampled.groups, strict=True), first):
-            for completion in group:
-                response = decode(self.tokenizer, completion.token_ids)
-                trajectories.append(
-                    Trajectory(
-                        prompt=prompt,
-                        group=sampled.refill * self.settings.prompts_per_refill + number,
-                        prompt_ids=self._prompt_ids[prompt.id],
-                        response_ids=completion.token_ids,
-                        response=response,
-                        truncated=completion.truncated,
-                        formatted=self.task.is_formatted(response),
-                        correct=self.task.is_correct(prompt, response),
-                        policy_version=sampled.policy_version,
-                        log_p_old=completion.log_p_old,
-                        log_p_base=none,
-                    )
-                )
-        return trajectories
-
-    def _refuse_stale(self, trajectories: Sequence[Trajectory], refill: int, oldest: int) -> None:
-        """Raises EngineError if any was sampled from weights older than those of update `oldest`,
-        or from others than the policy ever had."""
-        version = self._module.global_step
-        stale = [v for t in trajectories if not oldest <= (v := t.policy_version) <= version]
-        if stale:
-            raise EngineError(
-                f"stale weights: {len(stale)} of {len(trajectories)} trajectories of refill "
-                f"{refill} were sampled from the policy of update {stale[0]}, but it has made "
-                f"{version}" + (f", and may be behind to {oldest}" if oldest < version else "")
-            )
-
-    def _refuse_unknown(self) -> None:
-        """Raises EngineError where a resumed run asks more of the buffer than it was given."""
-        unknown = sum(bool(t.log_p_old.isnan().any()) for t in self.buffer)
-        if unknown and self.keeps_log_p_old != "none":
-            raise EngineError(
-                f"{unknown} trajectories of the replay buffer were kept without behaviour "
-                "log-probs, which this run needs: resume it with the strategy, buffer.log_p_old "
-                "and buffer.max_staleness of before"
-            )
+        first_group = sampled.refill * self.settings.prompts_per_refill + first
+        return trajectories_of(
+            sampled,
+            prompts,
+            self._prompt_ids,
+            first_group=first_group,
+            task=self.task,
+            tokenizer=self.tokenizer,
+        )
 
     def _note_rebuild(self, why: str) -> None:
-        self.engine_rebuilds += 1
-        self._engine_is_new = True
         self._module.print(f"warning: {why}")
         if self.on_warning is not None:
             self.on_warning(why)

@@ -278,17 +278,46 @@ def own_samples(
     psi: Tensor | float = 0.0,
     seed: int = 0,
     group: int | None = None,
+    base_share: float = 0.0,
+    as_mixture: bool = False,
 ) -> Batch:
-    """Strings drawn from the current policy; all updates of a refill use the whole of it."""
+    """Strings drawn from the current policy; all updates of a refill use the whole of it.
+
+    Args:
+        group: rollouts of a prompt; None: all are of one.
+        base_share: of each group, drawn from the base.
+        as_mixture: every string has the chance that the mixture of both gave it (the balance
+            heuristic), not that of whichever drew it.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows, log_p_old = torch.tensor([]), torch.tensor([])
+    size = group or recipe.samples
+    of_base = round(base_share * size)
+
+    def drawn(logits: Tensor, each: int) -> Tensor:
+        """(groups, each) strings."""
+        if each == 0:
+            return torch.zeros(recipe.samples // size, 0, dtype=torch.long)
+        chances, count = language.log_probs(logits).exp(), recipe.samples // size * each
+        return torch.multinomial(chances, count, True, generator=generator).view(-1, each)
+
+    def behaviour(old: Tensor, rows: Tensor) -> Tensor:
+        """(N, T) nats."""
+        by_policy = torch.arange(len(rows)) % size < size - of_base
+        log_probs = [language.token_log_probs(logits)[rows] for logits in (old, base)]
+        if not as_mixture:
+            return torch.where(by_policy[:, None], log_probs[0], log_probs[1])
+        shares = torch.tensor([1 - of_base / size, of_base / size], dtype=old.dtype).log()
+        mixed = torch.zeros_like(log_probs[0])
+        mixed[:, 0] = torch.logsumexp(torch.stack([x.sum(1) for x in log_probs], 1) + shares, 1)
+        return mixed
 
     def batch(logits: Tensor, step: int) -> LossInputs:
         nonlocal rows, log_p_old
         if step % recipe.updates_per_refill == 0:
-            chances = language.log_probs(logits.detach()).exp()
-            rows = torch.multinomial(chances, recipe.samples, True, generator=generator)
-            log_p_old = language.token_log_probs(logits.detach())[rows]
+            old = logits.detach()
+            rows = torch.cat([drawn(old, size - of_base), drawn(base, of_base)], 1).flatten()
+            log_p_old = behaviour(old, rows)
         return inputs_for(
             language, logits, base, rows=rows, log_p_old=log_p_old, psi=psi, group=group
         )

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from powerflow_lit.datamodule import RolloutDataModule
 from powerflow_lit.rollout.degenerate import findings
+from powerflow_lit.trajectories import own_samples
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Health(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = _data(trainer)
-        found = findings(data.buffer.newest, max_new_tokens=data.settings.max_new_tokens)
+        own, limit = own_samples(data.buffer.newest), data.settings.max_new_tokens
+        found = findings(own, max_new_tokens=limit)
         for finding in found:
             if finding.name not in self._present:
                 pl_module.print(f"warning: refill {trainer.current_epoch + 1}: {finding.text}")

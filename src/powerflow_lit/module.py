@@ -23,13 +23,12 @@ from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
 from powerflow_lit.objectives import Alpha, LossInputs, LossOutput, NonFiniteInputError, group_log_z
+from powerflow_lit.off_policy import RAW_RATIOS, policy_metrics, ratios_unknown
 from powerflow_lit.optimized_module import OptimizedModule
 from powerflow_lit.random_state import random_state, restore_random_state
 from powerflow_lit.types import TrajectoryBatch
 
 Objective = Callable[..., LossOutput]
-# of the raw ratios of policy to behaviour, known without its log-probs only where they are all 1
-RAW_RATIOS = {"ess", "is_log_ratio_q05", "is_log_ratio_q50", "is_log_ratio_q95"}
 AlphaSchedule = Callable[[float, float], float]  # (alpha, progress in [0, 1]) -> alpha now
 Power = TypeVar("Power", float, Tensor)
 
@@ -167,7 +166,10 @@ class PowerFlowModule(OptimizedModule):
             version = batch.policy_version if self.fresh_version is None else self.fresh_version
             self.fresh.add(inputs, batch.prompt_id, batch.policy_version == version)
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
-        if self._ratios_unknown(batch):
+        if batch.from_base is not None:
+            own = policy_metrics(self.objective, inputs, output.residual, batch.from_base)
+            self.step_metrics |= own
+        if ratios_unknown(batch, self.global_step):
             self.step_metrics = {k: v for k, v in self.step_metrics.items() if k not in RAW_RATIOS}
         if self.uses_log_z:
             self.step_metrics["log_z_group"] = self.group_log_z(inputs, alpha)
@@ -222,10 +224,6 @@ class PowerFlowModule(OptimizedModule):
             reward=batch.reward,
             length_price=self.length_control.price(batch.prompt_id),
         )
-
-    def _ratios_unknown(self, batch: TrajectoryBatch) -> bool:
-        is_older = (batch.policy_version != self.global_step).any()
-        return bool(is_older & batch.log_p_old.isnan().any())
 
     def estimate_log_z(self, inputs: LossInputs, batch: TrajectoryBatch, scores: Scores) -> Tensor:
         """log Z of each trajectory's prompt, (N,) nats; zeros where the objective has none."""

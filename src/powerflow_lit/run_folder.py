@@ -130,6 +130,7 @@ def sample_rows(
             "format_penalty": 0.0 if t.formatted else format_penalty,
             "correct": t.correct,
             "reward": t.reward,
+            "from_base": t.from_base,
         }
         for t in trajectories
     ]

@@ -20,6 +20,7 @@ from powerflow_lit.rollout import EngineError, RolloutEngine
 from powerflow_lit.rollout.engine import NonFiniteRolloutError, OnFinished, Row
 from powerflow_lit.rollout.metrics import log_prob_gap
 from powerflow_lit.tasks.base import mean
+from powerflow_lit.trajectories import own_samples
 from powerflow_lit.types import AllowedTokens, TokenBatch, Trajectory
 
 LogPOld = Literal["auto", "engine", "trainer", "none"]
@@ -32,6 +33,7 @@ class RolloutSettings:
 
     prompts_per_refill: int
     samples_per_prompt: int
+    base_share: float  # of them, drawn from the base once the policy has left it
     max_new_tokens: int
     max_prompt_tokens: int
     log_p_old: LogPOld  # whose behaviour log-probs the buffer keeps
@@ -43,6 +45,12 @@ class RolloutSettings:
     logit_chunk_mb: float  # float32 logits held at once in them, MB
     guard_min_p: float  # rollouts and log-probs keep to tokens of so much of the top one's; 0: all
     shares_engine: bool  # whether several ranks hold an engine together
+    min_ess: float  # effective share of the buffer's trajectories below which stale ones go
+
+    @property
+    def base_samples(self) -> int:
+        """Rollouts of a prompt that are drawn from the base."""
+        return round(self.base_share * self.samples_per_prompt)
 
     def in_step(self, model: Any) -> bool:
         """Whether others would wait, in the middle of a refill, for a rank that goes astray."""
@@ -71,7 +79,8 @@ class Scorer:
         if keep == "engine" or (keep == "auto" and self.settings.guard_min_p == 0):
             return None
         compared = self.settings.logp_gap_trajectories
-        return math.ceil(compared / self.settings.samples_per_prompt) if is_first else 0
+        own = self.settings.samples_per_prompt - self.settings.base_samples
+        return math.ceil(compared / own) if is_first else 0
 
     @torch.no_grad()
     def __call__(
@@ -83,7 +92,8 @@ class Scorer:
         keep: LogPOld,
         gap: dict[str, float] | None = None,
     ) -> tuple[list[Trajectory], dict[str, float]]:
-        """With base log-probs, and behaviour log-probs as `keep` says.
+        """With base log-probs, and behaviour log-probs as `keep` says; of those drawn from the base
+        the behaviour log-probs are the base's.
 
         Under a guard both are over the allowed tokens, which the trajectories then carry; what is
         compared with the engine is always over the full vocabulary, as the engine reports it.
@@ -95,7 +105,7 @@ class Scorer:
             EngineError: engine and trainer disagree on the log-probs of the rollouts.
             NonFiniteRolloutError: the trainer's are not finite.
         """
-        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        rows, own = _rows(trajectories), own_samples(trajectories)
         if self.settings.guard_min_p > 0:
             return self._under_guard(module, engine, trajectories, refill, keep)
         in_step, early = self.settings.in_step(module.policy), self._early
@@ -104,26 +114,30 @@ class Scorer:
         else:
             log_p_base, self._early = agreed(in_step, early.results), None
         if gap is None:
-            few = trajectories[: self.settings.logp_gap_trajectories]
-            ours = self._log_probs(module, module.policy, rows[: len(few)])
+            few = own[: self.settings.logp_gap_trajectories]
+            ours = self._log_probs(module, module.policy, _rows(few))
             gap = agreed(in_step, lambda: self._compared(module, engine, few, ours, refill, keep))
         else:  # the thread has added to it since it was checked
-            found = gap
-            agreed(in_step, lambda: self._refuse_gap(module, engine, found, refill))
-        scored = [replace(t, log_p_base=b) for t, b in zip(trajectories, log_p_base, strict=True)]
+            known = gap
+            agreed(in_step, lambda: self._refuse_gap(module, engine, known, refill))
+        scored = [
+            replace(t, log_p_base=base, log_p_old=base if t.from_base else t.log_p_old)
+            for t, base in zip(trajectories, log_p_base, strict=True)
+        ]
         if keep == "none":  # not even those that were compared: a resumed run compares others
-            nobody = [torch.full_like(t.log_p_base, torch.nan) for t in scored]
-            return [replace(t, log_p_old=o) for t, o in zip(scored, nobody, strict=True)], gap
-        mean_length = mean([t.length for t in trajectories])
+            return _with_own(
+                scored, [torch.full((t.length,), torch.nan) for t in own_samples(scored)]
+            ), gap
+        mean_length = mean([t.length for t in own])
         use_engine = keep == "engine" or (
             keep == "auto" and gap["selfcheck/engine_logp_gap_mean"] * mean_length < 0.01
         )
         if is_sharded(module.policy):  # the pass is one of all ranks or of none
             use_engine = not ranks.greatest(int(not use_engine))
         if not use_engine:
-            own = self._log_probs(module, module.policy, rows)
-            agreed(in_step, lambda: self._refuse_non_finite(module, own, refill))
-            scored = [replace(t, log_p_old=o) for t, o in zip(scored, own, strict=True)]
+            found = self._log_probs(module, module.policy, _rows(own))
+            agreed(in_step, lambda: self._refuse_non_finite(module, found, refill))
+            scored = _with_own(scored, found)
         return scored, {**gap, "rollout/log_p_old_from_engine": float(use_engine)}
 
     @contextmanager
@@ -157,11 +171,37 @@ class Scorer:
             EngineError: they disagree on the log-probs of the same tokens.
             NonFiniteRolloutError: the trainer's are not finite.
         """
-        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
-        rows = rows[: self.settings.logp_gap_trajectories]
+        rows = _rows(own_samples(trajectories)[: self.settings.logp_gap_trajectories])
         ours = self._log_probs(module, module.policy, rows)
         theirs = [torch.tensor(row) for row in engine.score(rows)]
         return self._gap(module, engine, ours, theirs, refill)
+
+    @torch.no_grad()
+    def check_base(
+        self, module: PowerFlowModule, engine: RolloutEngine, rows: Sequence[Row], refill: int
+    ) -> dict[str, float]:
+        """The same for the base, whose weights the engine holds; nothing where the trainer's copy
+        computes in another type (model.base_dtype), so that the two must differ.
+
+        Raises:
+            EngineError, NonFiniteRolloutError: see `check`.
+        """
+        with module.frozen.model() as base:
+            if base.dtype != module.policy.dtype:
+                return {}
+            rows = rows[: self.settings.logp_gap_trajectories]
+            ours = self._log_probs(module, base, rows)
+        theirs = [torch.tensor(row) for row in engine.score(rows)]
+        gap = self._gap(module, engine, ours, theirs, refill, of="the base's")
+        return {"selfcheck/base_logp_gap": gap["selfcheck/engine_logp_gap"]}
+
+    def policy_log_probs(
+        self, module: PowerFlowModule, trajectories: Sequence[Trajectory]
+    ) -> list[torch.Tensor]:
+        """Of the policy as it is now, over the tokens that each trajectory allows, (L,) nats."""
+        allowed = [t.allowed for t in trajectories if t.allowed is not None]
+        rows = _rows(trajectories)
+        return self._log_probs(module, module.policy, rows, "score", allowed or None)
 
     def _compared(
         self,
@@ -181,8 +221,7 @@ class Scorer:
         known = not any(bool(row.isnan().any()) for row in sampled)
         if known and self.prompts_with_log_probs(keep, is_first=False) is None:
             return self._gap(module, engine, ours, sampled, refill)
-        rows = [(t.prompt_ids, t.response_ids) for t in few]
-        theirs = [torch.tensor(row) for row in engine.score(rows)]
+        theirs = [torch.tensor(row) for row in engine.score(_rows(few))]
         if known:
             self._gap(module, engine, ours, sampled, refill)
         return self._gap(module, engine, ours, theirs, refill)
@@ -196,7 +235,7 @@ class Scorer:
         keep: LogPOld,
     ) -> tuple[list[Trajectory], dict[str, float]]:
         """The same over the tokens that the policy, as it is at this refill, allows."""
-        rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        rows = _rows(trajectories)
         guarded = self._guarded(module, rows)
         few = trajectories[: self.settings.logp_gap_trajectories]
         ours = [g.log_prob_full for g in guarded[: len(few)]]
@@ -289,16 +328,22 @@ class Scorer:
         ours: Sequence[torch.Tensor],
         theirs: Sequence[torch.Tensor],
         refill: int,
+        of: str = "the policy's",
     ) -> dict[str, float]:
         """Differences between the trainer's log-probs and the engine's on the same trajectories."""
         self._refuse_non_finite(module, ours, refill)
         greatest, average = log_prob_gap(ours, theirs)
         gap = {"selfcheck/engine_logp_gap": greatest, "selfcheck/engine_logp_gap_mean": average}
-        self._refuse_gap(module, engine, gap, refill)
+        self._refuse_gap(module, engine, gap, refill, of)
         return gap
 
     def _refuse_gap(
-        self, module: PowerFlowModule, engine: RolloutEngine, gap: dict[str, float], refill: int
+        self,
+        module: PowerFlowModule,
+        engine: RolloutEngine,
+        gap: dict[str, float],
+        refill: int,
+        of: str = "the policy's",
     ) -> None:
         greatest = gap["selfcheck/engine_logp_gap"]
         if greatest <= self.settings.logp_gap_limit:
@@ -313,7 +358,7 @@ class Scorer:
             f"of the {self.settings.logp_gap_trajectories} trajectories that both scored, "
             f"{gap['selfcheck/engine_logp_gap_mean']:.4f} on "
             f"average (limit {self.settings.logp_gap_limit:g}; {dtypes}): the rollouts are not "
-            "the policy's. Check model.engine_dtype against model.dtype, or raise "
+            f"{of}. Check model.engine_dtype against model.dtype, or raise "
             "rollout.logp_gap_limit"
         )
 
@@ -328,3 +373,15 @@ class Scorer:
                 "engine's are not: its activations overflow; try a lower optimizer.lr, or "
                 "trainer.precision=32-true"
             )
+
+
+def _rows(trajectories: Sequence[Trajectory]) -> list[Row]:
+    return [(t.prompt_ids, t.response_ids) for t in trajectories]
+
+
+def _with_own(
+    trajectories: Sequence[Trajectory], log_p_old: Sequence[torch.Tensor]
+) -> list[Trajectory]:
+    """The same with these behaviour log-probs for those that the policy has sampled."""
+    given = iter(log_p_old)
+    return [t if t.from_base else replace(t, log_p_old=next(given)) for t in trajectories]

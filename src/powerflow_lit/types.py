@@ -106,6 +106,7 @@ class Trajectory:
     log_p_base: Tensor  # (L,) float32 nats, over the same tokens
     allowed: AllowedTokens | None = None  # L places; None is the full vocabulary
     reward: float | None = None  # None where the strategy takes none
+    from_base: bool = False  # drawn from the frozen base, whose log-probs log_p_old then holds
 
     @property
     def length(self) -> int:
@@ -182,6 +183,7 @@ class TrajectoryBatch:
     prompt_id: Tensor  # (N,) long, the task's id of the prompt
     policy_version: Tensor  # (N,) long
     reward: Tensor | None = None  # (N,) float; None where the strategy takes none
+    from_base: Tensor | None = None  # (N,) bool; None where all were drawn from the policy
 
     @classmethod
     def collate(cls, trajectories: Sequence[Trajectory], pad_id: int) -> TrajectoryBatch:
@@ -200,6 +202,7 @@ class TrajectoryBatch:
         rewards = [t.reward for t in trajectories if t.reward is not None]
         if rewards and len(rewards) < len(trajectories):
             raise ValueError(f"{len(rewards)} of {len(trajectories)} trajectories have a reward")
+        of_base = [t.from_base for t in trajectories]
         rows = [(t.prompt_ids, t.response_ids) for t in trajectories]
         tokens = TokenBatch.collate(rows, pad_id, allowed or None)
         pad = torch.nn.utils.rnn.pad_sequence
@@ -212,6 +215,7 @@ class TrajectoryBatch:
             prompt_id=torch.tensor([t.prompt.id for t in trajectories]),
             policy_version=torch.tensor([t.policy_version for t in trajectories]),
             reward=torch.tensor(rewards) if rewards else None,
+            from_base=torch.tensor(of_base) if any(of_base) else None,
         )
 
     def to(self, device: torch.device) -> TrajectoryBatch:

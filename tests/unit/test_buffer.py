@@ -65,6 +65,18 @@ def test_trajectories_leave_when_they_are_too_stale() -> None:
     assert {t.policy_version for t in held.newest} == {6}
 
 
+def test_a_refill_may_leave_early_but_not_the_newest() -> None:
+    held = buffer(staleness=3)
+    for refill in range(3):
+        held.add(trajectories(refill), refill)
+    assert held.drop([0, 1]) == 2 * len(trajectories(0))
+    assert list(held.refills) == [2]
+    assert {t.policy_version for t in held} == {4}
+    for refills in ([2], [0]):
+        with pytest.raises(ValueError, match=rf"refills \{refills} cannot be dropped: held are"):
+            held.drop(refills)
+
+
 def test_a_stale_buffer_is_sampled_from_all_its_refills() -> None:
     held = buffer(staleness=3, updates=8, prompts_per_update=2)
     for refill in range(4):

@@ -1,7 +1,7 @@
 """The replay buffer under random histories, against lists that say what it must hold.
 
-A history is any sequence of refills, deals, refused refills and saves; the model keeps every
-trajectory as plain numbers and works out eviction by itself.
+A history is any sequence of refills, early departures, deals, refusals and saves; the model keeps
+every trajectory as plain numbers and works out eviction by itself.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def one(
         policy_version=refill * 3,
         log_p_old=torch.arange(length) / 16 - base,
         log_p_base=torch.arange(length) / 32 - base,
+        from_base=sample == 2,
         allowed=AllowedTokens(ids, counts) if guard else None,
     )
 
@@ -65,7 +66,7 @@ def plain(t: Trajectory) -> tuple[Any, ...]:
     allowed = t.allowed and [(x.dtype, x.tolist()) for x in (t.allowed.ids, t.allowed.counts)]
     tensors = [(x.dtype, x.tolist()) for x in (t.log_p_old, t.log_p_base)]
     rest = (t.prompt, t.group, t.prompt_ids, t.response_ids, t.response, t.truncated, t.formatted)
-    return (*rest, t.correct, t.policy_version, tensors, allowed)
+    return (*rest, t.correct, t.policy_version, tensors, allowed, t.from_base)
 
 
 def rows(update: TrajectoryBatch) -> list[tuple[Any, ...]]:
@@ -81,6 +82,7 @@ def rows(update: TrajectoryBatch) -> list[tuple[Any, ...]]:
                 int(update.prompt_index[i]),
                 int(update.prompt_id[i]),
                 int(update.policy_version[i]),
+                update.from_base is not None and bool(update.from_base[i]),
                 bool(update.formatted[i]),
                 tokens.input_ids[i, :prompt].tolist(),
                 tokens.input_ids[i, prompt : prompt + length].tolist(),
@@ -97,6 +99,7 @@ def expected_row(t: Trajectory) -> tuple[Any, ...]:
         t.group,
         t.prompt.id,
         t.policy_version,
+        t.from_base,
         t.formatted,
         list(t.prompt_ids),
         list(t.response_ids),
@@ -107,7 +110,7 @@ def expected_row(t: Trajectory) -> tuple[Any, ...]:
 
 
 class BufferMachine(RuleBasedStateMachine):
-    """`history` is all that was ever added; `held` what of it must still be there."""
+    """`history` is all that was added and did not part; `held` what of it must still be there."""
 
     @initialize(
         staleness=st.integers(0, 3),
@@ -126,6 +129,7 @@ class BufferMachine(RuleBasedStateMachine):
             "seed": seed,
         }
         self.guard = guard
+        self.numbered = 0  # groups so far
         self.history: list[tuple[int, list[list[Trajectory]]]] = []
         self.buffer = ReplayBuffer(**self.choices)
 
@@ -141,8 +145,8 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(groups=REFILL, ahead=st.sampled_from([1, 1, 1, 2, 4]), train=st.booleans())
     def add(self, groups: list[tuple[int, int]], ahead: int, train: bool) -> None:
-        first = sum(len(groups) for _, groups in self.history)
-        made = drawn(self.newest + ahead, groups, first, self.guard)
+        made = drawn(self.newest + ahead, groups, self.numbered, self.guard)
+        self.numbered += len(groups)
         self.history.append((self.newest + ahead, made))
         self.buffer.add([t for group in made for t in group], self.newest)
         if train:
@@ -155,6 +159,19 @@ class BufferMachine(RuleBasedStateMachine):
         (group,) = drawn(late, [(1, 1)], 1000, self.guard)
         with pytest.raises(ValueError, match=f"refill {late} after refill {self.newest}"):
             self.buffer.add(group, late)
+
+    @precondition(lambda self: self.history)
+    @rule(parted=st.integers(1, 3))
+    def part_with_the_oldest(self, parted: int) -> None:
+        """As `buffer.min_ess` does: refills leave before they are too stale, the newest never."""
+        oldest = self.newest - self.choices["max_staleness"]
+        held = [refill for refill, _ in self.history if refill >= oldest]
+        gone = held[:-1][:parted]
+        expected = sum(len(g) for r, groups in self.history if r in gone for g in groups)
+        assert self.buffer.drop(gone) == expected
+        self.history = [(r, groups) for r, groups in self.history if r not in gone]
+        with pytest.raises(ValueError, match="the newest stays"):
+            self.buffer.drop([*gone, self.newest])
 
     @rule(used=st.booleans())
     def save_and_load(self, used: bool) -> None:

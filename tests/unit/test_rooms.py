@@ -55,6 +55,8 @@ FORBIDDEN = {
     "rewarding.py": {"hydra", "omegaconf", "config", "vllm", "lightning", "transformers",
                      "datamodule", "callbacks"},
     "scoring.py": {"hydra", "omegaconf", "config", "vllm", "datamodule", "callbacks"},
+    "trajectories.py": {"lightning", "hydra", "omegaconf", "vllm", "config", "objectives", "module",
+                        "datamodule", "callbacks"},
     "ranks.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
                  "rollout", "tasks", "objectives", "module", "datamodule"},
     "diverged.py": {"torch", "lightning", "hydra", "omegaconf", "transformers", "vllm", "config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from powerflow_lit.config.off_policy import check_off_policy, is_policy_gradient
 from powerflow_lit.config.rules import one_of, require
 from powerflow_lit.config.schema import TrainConfig
 
@@ -18,6 +19,7 @@ def check_combinations(config: TrainConfig) -> None:
     """What strategy, log Z, alpha and the sizes of a refill ask of each other."""
     _check_updates(config)
     _check_log_p_old(config)
+    check_off_policy(config)
     _check_reward(config)
     _check_full_vocabulary(config)
     _check_tensor_parallel(config)
@@ -29,7 +31,7 @@ def check_combinations(config: TrainConfig) -> None:
         f"optimizer.fused=true with trainer.precision={precision}: the loss is scaled for float16, "
         "and gradients would be clipped before it is undone: leave it null, or take bf16-mixed",
     )
-    is_rl = _is_rl(config)
+    is_rl = is_policy_gradient(config)
     require(
         not is_rl or config.alpha > 1,
         f"alpha={config.alpha} with strategy={config.strategy.name}: beta = 1/(alpha-1) must be "
@@ -61,7 +63,7 @@ def _check_automatic_alpha(config: TrainConfig) -> None:
         f"alpha_schedule.target with strategy={name}, which does not use alpha: take "
         "alpha_schedule=constant, or a strategy that uses it",
     )
-    if not _is_rl(config):
+    if not is_policy_gradient(config):
         return
     low = schedule.get("alpha_min", 0)
     require(
@@ -176,7 +178,7 @@ def check_monitor(config: TrainConfig) -> None:
         f"monitor.pull_recovery={monitor.pull_recovery}: must lie in (0, 1], e.g. 0.1",
     )
     _check_length_rules(config)
-    is_rl = _is_rl(config)
+    is_rl = is_policy_gradient(config)
     for name, rule in monitor.rules.items():
         key = f"monitor.rules.{name}"
         one_of(f"{key}.action", rule.action, ("warn", "stop", "pull"))
@@ -335,7 +337,3 @@ def _check_tensor_parallel(config: TrainConfig) -> None:
         f"rollout.engine.tensor_parallel={sharing} with rollout.overlap=true: the ranks of an "
         "engine sample at one time, between updates: set one of them back",
     )
-
-
-def _is_rl(config: TrainConfig) -> bool:
-    return str(config.strategy.objective.get("_target_", "")).endswith("PolicyGradientObjective")

@@ -201,6 +201,9 @@ def _check_rollouts(config: TrainConfig) -> None:
         },
     )
     at_least(0, {"buffer.max_staleness": buffer.max_staleness})
+    shares = {"rollout.base_share": rollout.base_share, "buffer.min_ess": buffer.min_ess}
+    for name, share in shares.items():
+        require(0 <= share < 1, f"{name}={share}: must lie in [0, 1); 0 switches it off")
     positive({"rollout.logp_gap_limit": rollout.logp_gap_limit})
     check_engine_values(rollout.engine)
     _check_chunk(config.logit_chunk_mb)

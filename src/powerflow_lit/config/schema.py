@@ -82,6 +82,7 @@ class StrategyConfig:
 class RolloutConfig:
     prompts_per_refill: int = MISSING
     samples_per_prompt: int = MISSING
+    base_share: float = MISSING
     max_new_tokens: int = MISSING
     max_prompt_tokens: int = MISSING
     logp_gap_trajectories: int = MISSING
@@ -101,6 +102,7 @@ class BufferConfig:
     max_staleness: int = MISSING
     updates_per_refill: int = MISSING
     prompts_per_update: int | None = MISSING
+    min_ess: float = MISSING
     log_p_old: str = MISSING
 
 

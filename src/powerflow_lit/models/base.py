@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from powerflow_lit.models.lora import adapter_off, is_lora, plain_copy
+from powerflow_lit.models.lora import PlainWeights, adapter_off, is_lora, plain_copy, policy_weights
 from powerflow_lit.models.sharding import shard
 
 
@@ -21,6 +21,10 @@ class FrozenBase(Protocol):
     @contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
         """`with base.model() as m: ...`"""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All that an engine must be given to sample from it, as `policy_weights` of the policy."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -47,6 +51,9 @@ class CopiedBase:
     def model(self) -> Iterator[PreTrainedModel]:
         yield self.copy
 
+    def weights(self) -> Mapping[str, Tensor]:
+        return policy_weights(self.copy)
+
     def to(self, device: torch.device) -> None:
         nn.Module.to(self.copy, device)
 
@@ -64,6 +71,9 @@ class AdapterOffBase:
     def model(self) -> Iterator[PreTrainedModel]:
         with adapter_off(self._policy):
             yield self._policy
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return PlainWeights(self._policy).tensors
 
     def to(self, device: torch.device) -> None:
         """Nothing: it moves with the policy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -136,8 +137,6 @@ def weight_metrics(weights: Weights) -> dict[str, Tensor]:
     """
     log_ratio, value = weights.log_ratio, weights.value
     quantiles = torch.quantile(log_ratio, log_ratio.new_tensor([0.05, 0.5, 0.95]))
-    log_n = math.log(log_ratio.shape[0])
-    ess = 2 * torch.logsumexp(log_ratio, 0) - torch.logsumexp(2 * log_ratio, 0) - log_n
     return {
         "is_weight_mean": value.mean(),
         "is_weight_min": value.min(),
@@ -146,5 +145,29 @@ def weight_metrics(weights: Weights) -> dict[str, Tensor]:
         "is_log_ratio_q05": quantiles[0],
         "is_log_ratio_q50": quantiles[1],
         "is_log_ratio_q95": quantiles[2],
-        "ess": ess.exp(),
+        "ess": effective_share(log_ratio),
     }
+
+
+def effective_share(log_ratio: Tensor) -> Tensor:
+    """Effective sample size of weights exp(log_ratio) over their number, (N,) nats -> (), (0, 1].
+
+    (sum r)^2 / (N sum r^2): 1 where all weights are equal, 1/N where one outweighs the others.
+    """
+    log_n = math.log(log_ratio.shape[0])
+    return (2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0) - log_n).exp()
+
+
+def outlived(log_ratio: Mapping[int, Tensor], min_ess: float) -> list[int]:
+    """The refills to part with so that what is left has an effective share of `min_ess`.
+
+    The oldest goes first and whole: which of its trajectories go must not depend on their weights,
+    or what is left would be a biased sample. The newest always stays.
+
+    Args:
+        log_ratio: by refill, (N_r,) summed log pi_theta(y) / pi_old(y), nats.
+    """
+    kept = sorted(log_ratio)
+    while len(kept) > 1 and effective_share(torch.cat([log_ratio[r] for r in kept])) < min_ess:
+        kept.pop(0)
+    return sorted(log_ratio.keys() - kept)

@@ -30,6 +30,7 @@ class Sampled:
     policy_version: int  # of the weights that it was sampled from
     gap: dict[str, float]  # of engine and trainer under those weights, by metric
     groups: Groups = field(default_factory=list)
+    of_base: Groups = field(default_factory=list)  # further ones, from the base; none: empty
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists only, so that it loads with `weights_only=True`."""

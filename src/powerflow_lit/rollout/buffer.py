@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,25 @@ class ReplayBuffer:
         self._refills[refill] = list(trajectories)
         for old in [r for r in self._refills if r < refill - self.max_staleness]:
             del self._refills[old]
+
+    @property
+    def refills(self) -> dict[int, Sequence[Trajectory]]:
+        """What is held, by refill, oldest first."""
+        return {refill: self._refills[refill] for refill in sorted(self._refills)}
+
+    def drop(self, refills: Iterable[int]) -> int:
+        """Part with refills before they are too stale; how many trajectories those were.
+
+        Raises:
+            ValueError: the newest is among them, or one that is not held.
+        """
+        chosen = set(refills)
+        if self.refill in chosen or chosen - self._refills.keys():
+            raise ValueError(
+                f"refills {sorted(chosen)} cannot be dropped: held are {sorted(self._refills)}, "
+                "and the newest stays"
+            )
+        return sum(len(self._refills.pop(refill)) for refill in chosen)
 
     def updates(self, pad_id: int) -> list[TrajectoryBatch]:
         """The updates until the next refill, each of whole prompt groups, in a seeded order.

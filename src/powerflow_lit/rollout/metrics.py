@@ -10,7 +10,8 @@ from torch import Tensor
 from powerflow_lit.metrics import text
 from powerflow_lit.types import Trajectory
 
-GREATEST = {"selfcheck/engine_logp_gap"}  # of which the whole has the greatest, not a mean
+# of which the whole has the greatest, not a mean
+GREATEST = {"selfcheck/engine_logp_gap", "selfcheck/base_logp_gap"}
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
