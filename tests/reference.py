@@ -9,6 +9,7 @@ treats as data (importance weights, rewards) is computed from the real part and 
 from __future__ import annotations
 
 import cmath
+import itertools
 import math
 import random
 import statistics
@@ -339,6 +340,7 @@ def reference_metrics(reference: Reference, batch: Ragged) -> dict[str, float]:
         "residual_std": statistics.pstdev(residuals),
         "log_z": sum(batch.log_z) / len(batch),
         "corr_residual_length": float(np.corrcoef(residuals, lengths)[0, 1]),
+        "inversion_rate": _inversion_rate(batch),
         "entropy": -S / tokens,
         "kl_base": (S - B) / tokens,
         "is_weight_mean": sum(w.value for w in weights) / len(batch),
@@ -350,6 +352,17 @@ def reference_metrics(reference: Reference, batch: Ragged) -> dict[str, float]:
         "is_log_ratio_q95": float(np.quantile(log_ratios, 0.95)),
         "ess": sum(ratios) ** 2 / (len(batch) * sum(r * r for r in ratios)),
     }
+
+
+def _inversion_rate(batch: Ragged) -> float:
+    """Pairs of a prompt's trajectories that policy and base order differently, as a share."""
+    S, B = ([sum(row) for row in rows] for rows in (batch.log_pf, batch.log_p_base))
+    pairs = [
+        (S[i] - S[j]) * (B[i] - B[j])
+        for i, j in itertools.combinations(range(len(batch)), 2)
+        if batch.prompt[i] == batch.prompt[j]
+    ]
+    return sum(product < 0 for product in pairs) / len(pairs)
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from powerflow_lit.metrics.inversion import inversion_rate
 from powerflow_lit.objectives.advantages import advantages
 from powerflow_lit.objectives.inputs import (
     LossInputs,
@@ -32,6 +33,7 @@ from powerflow_lit.objectives.weights import ImportanceWeight, Weights, weight_m
 
 Reading = Literal["energy", "power", "per_token"]
 UNWEIGHTED = ImportanceWeight("none", None, None)
+TIE = 1e-3  # nats; log-probs of equal responses out of two passes differ by less
 
 
 # --- mismatches: the residual without log Z, (N,) ------------------------------------------------
@@ -114,7 +116,8 @@ class BalanceObjective:
         mismatch: `(inputs, *, alpha, ...) -> (N,)`, the residual without log Z; the closed forms
             of log Z ask for it apart.
         weight: importance weight, detached.
-        spread: `(inputs, *, alpha) -> (N,)`, added to the squared residual.
+        spread: `(inputs, *, alpha) -> (N,)`, added to the squared residual: what the residuals of
+            a response's parts vary by (`token_variance`, `BlockVariance`).
     """
 
     mismatch: Callable[..., Tensor]
@@ -128,14 +131,23 @@ class BalanceObjective:
         pieces = [piece for piece in (self.mismatch, self.spread) if piece is not None]
         return self.weight.is_used or not all(map(_is_ours, pieces))
 
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of the blocks between which log_flow is asked for, if it is."""
+        return getattr(self.spread, "block_size", None)
+
     def __call__(self, inputs: LossInputs, *, alpha: float, **calibration: float) -> LossOutput:
         inputs = checked(inputs)
         d = inputs.log_z + self.mismatch(inputs, alpha=alpha, **calibration)  # (N,)
-        square = d**2 if self.spread is None else d**2 + self.spread(inputs, alpha=alpha)
-        weights = self.weight(inputs)
+        square, weights = d**2, self.weight(inputs)
+        within: dict[str, Tensor] = {}
+        if self.spread is not None:
+            variance = self.spread(inputs, alpha=alpha)
+            square = square + variance
+            within["residual_std_within"] = variance.detach().mean().sqrt()
         loss = (weights.value * square).mean()
         d = d.detach()
-        return LossOutput(loss, trajectory_metrics(inputs, d, weights), d)
+        return LossOutput(loss, {**trajectory_metrics(inputs, d, weights), **within}, d)
 
 
 def tb_traj(inputs: LossInputs, *, alpha: float) -> LossOutput:
@@ -194,6 +206,7 @@ def trajectory_metrics(inputs: LossInputs, residual: Tensor, weights: Weights) -
         "residual_std": residual.std(unbiased=False),
         "log_z": inputs.log_z.mean(),
         "corr_residual_length": _correlation(residual, L),
+        "inversion_rate": inversion_rate(B, S, inputs.prompt_index, tie=TIE),
         "entropy": -S.sum() / tokens,
         "kl_base": (S - B).sum() / tokens,
         **weight_metrics(weights),

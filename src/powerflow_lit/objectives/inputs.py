@@ -31,6 +31,7 @@ class LossInputs:
     prompt_index: Tensor  # (N,) long  equal for rollouts of one prompt
     reward: Tensor | None = None  # (N,) float  of the rollout, for strategies that take one
     token_entropy: Tensor | None = None  # (N, T) float  nats, of the policy; carries the gradient
+    log_flow: Tensor | None = None  # (N, K) float  nats, of prefixes (`blockwise`); with gradient
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -59,7 +60,8 @@ class LossOutput:
 
 def checked(inputs: LossInputs) -> LossInputs:
     """The inputs as an objective may use them: in at least float32, padding set to zero (so that no
-    NaN there reaches a gradient), and no gradient but of log_pf, token_entropy and log_z.
+    NaN there reaches a gradient), and no gradient but of log_pf, token_entropy, log_z and
+    log_flow.
 
     Raises:
         ObjectiveError: no trajectory, a trajectory without response tokens, a positive penalty.
@@ -104,6 +106,7 @@ def checked(inputs: LossInputs) -> LossInputs:
         prompt_index=inputs.prompt_index,
         reward=None if inputs.reward is None else _wide(inputs.reward).detach(),
         token_entropy=clean.get("token_entropy"),
+        log_flow=None if inputs.log_flow is None else _wide(inputs.log_flow),
     )
 
 

@@ -17,6 +17,7 @@ from powerflow_lit.reporting.runs import Run
 COLOURS = {
     "powerflow": "#0072B2",
     "la_tb": "#56B4E9",
+    "la_tb_blocks": "#CC6677",
     "tb_traj": "#D55E00",
     "tb_token": "#E69F00",
     "tb_token_per_token": "#F0E442",
