@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -183,6 +183,7 @@ class Reference:
     term: Term
     residual: Callable[[Ragged, int], float]
     weight: WeightOf = UNWEIGHTED
+    has_parts: bool = False  # its term is more than the residual squared
 
 
 def balance(residual: Term, weight: WeightOf = UNWEIGHTED, term: Term | None = None) -> Reference:
@@ -248,7 +249,7 @@ def per_token_reference(alpha: float, weight: WeightOf = UNWEIGHTED) -> Referenc
         d = deviations(batch, i, x, z)
         return sum(d) / len(d)
 
-    return balance(residual, weight, term)
+    return replace(balance(residual, weight, term), has_parts=True)
 
 
 def policy_gradient_reference(
@@ -334,7 +335,16 @@ def reference_metrics(reference: Reference, batch: Ragged) -> dict[str, float]:
     S, B = sum(map(sum, batch.log_pf)), sum(map(sum, batch.log_p_base))
     ratios = [math.exp(w.log_ratio) for w in weights]
     log_ratios = [w.log_ratio for w in weights]
+    within = {}
+    if reference.has_parts:
+        terms = [
+            complex(reference.term(batch, i, row, batch.log_z[i])).real
+            for i, row in enumerate(batch.log_pf)
+        ]
+        variances = [term - d * d for term, d in zip(terms, residuals, strict=True)]
+        within["residual_std_within"] = math.sqrt(sum(variances) / len(batch))
     return {
+        **within,
         "residual_mean": sum(residuals) / len(batch),
         "residual_abs": sum(map(abs, residuals)) / len(batch),
         "residual_std": statistics.pstdev(residuals),

@@ -23,4 +23,4 @@ def inversion_rate(x: Tensor, y: Tensor, group: Tensor, *, tie: float) -> Tensor
     first, second = torch.nonzero(same.triu(1), as_tuple=True)
     dx, dy = x[first] - x[second], y[first] - y[second]
     inverted = (dx * dy < 0) & (dx.abs() > tie) & (dy.abs() > tie)
-    return inverted.sum() / max(len(first), 1)
+    return inverted.to(x.dtype).sum() / max(len(first), 1)
