@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from powerflow_lit.enumerable import (
+    FlowTable,
     Language,
     Objective,
     Recipe,
@@ -37,9 +38,10 @@ def train_on_samples(
     *,
     psi: Tensor | float = 0.0,
     seed: int = 0,
+    flow: FlowTable | None = None,
 ) -> Trained:
     """From the base, on strings drawn from the current policy."""
-    batch = own_samples(language, base, recipe, psi=psi, seed=seed)
+    batch = own_samples(language, base, recipe, psi=psi, seed=seed, flow=flow)
     return _end(language, training(base, objective, log_z, recipe, batch))
 
 
@@ -65,6 +67,7 @@ def minimise_on_all_strings(
     *,
     psi: Tensor | float = 0.0,
     iterations: int = 600,
+    flow: FlowTable | None = None,
 ) -> Trained:
     """From the base, the loss over all strings equally weighted, by L-BFGS (balance losses)."""
     logits = base.clone().requires_grad_()
@@ -80,7 +83,8 @@ def minimise_on_all_strings(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = objective(with_log_z(inputs_for(language, logits, base, psi=psi), log_z)).loss
+        inputs = with_log_z(inputs_for(language, logits, base, psi=psi, flow=flow), log_z)
+        loss = objective(inputs).loss
         loss.backward()
         return loss.detach()
 

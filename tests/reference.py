@@ -9,11 +9,12 @@ treats as data (importance weights, rewards) is computed from the real part and 
 from __future__ import annotations
 
 import cmath
+import itertools
 import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -182,6 +183,7 @@ class Reference:
     term: Term
     residual: Callable[[Ragged, int], float]
     weight: WeightOf = UNWEIGHTED
+    has_parts: bool = False  # its term is more than the residual squared
 
 
 def balance(residual: Term, weight: WeightOf = UNWEIGHTED, term: Term | None = None) -> Reference:
@@ -247,7 +249,7 @@ def per_token_reference(alpha: float, weight: WeightOf = UNWEIGHTED) -> Referenc
         d = deviations(batch, i, x, z)
         return sum(d) / len(d)
 
-    return balance(residual, weight, term)
+    return replace(balance(residual, weight, term), has_parts=True)
 
 
 def policy_gradient_reference(
@@ -333,12 +335,22 @@ def reference_metrics(reference: Reference, batch: Ragged) -> dict[str, float]:
     S, B = sum(map(sum, batch.log_pf)), sum(map(sum, batch.log_p_base))
     ratios = [math.exp(w.log_ratio) for w in weights]
     log_ratios = [w.log_ratio for w in weights]
+    within = {}
+    if reference.has_parts:
+        terms = [
+            complex(reference.term(batch, i, row, batch.log_z[i])).real
+            for i, row in enumerate(batch.log_pf)
+        ]
+        variances = [term - d * d for term, d in zip(terms, residuals, strict=True)]
+        within["residual_std_within"] = math.sqrt(sum(variances) / len(batch))
     return {
+        **within,
         "residual_mean": sum(residuals) / len(batch),
         "residual_abs": sum(map(abs, residuals)) / len(batch),
         "residual_std": statistics.pstdev(residuals),
         "log_z": sum(batch.log_z) / len(batch),
         "corr_residual_length": float(np.corrcoef(residuals, lengths)[0, 1]),
+        "inversion_rate": _inversion_rate(batch),
         "entropy": -S / tokens,
         "kl_base": (S - B) / tokens,
         "is_weight_mean": sum(w.value for w in weights) / len(batch),
@@ -350,6 +362,17 @@ def reference_metrics(reference: Reference, batch: Ragged) -> dict[str, float]:
         "is_log_ratio_q95": float(np.quantile(log_ratios, 0.95)),
         "ess": sum(ratios) ** 2 / (len(batch) * sum(r * r for r in ratios)),
     }
+
+
+def _inversion_rate(batch: Ragged) -> float:
+    """Pairs of a prompt's trajectories that policy and base order differently, as a share."""
+    S, B = ([sum(row) for row in rows] for rows in (batch.log_pf, batch.log_p_base))
+    pairs = [
+        (S[i] - S[j]) * (B[i] - B[j])
+        for i, j in itertools.combinations(range(len(batch)), 2)
+        if batch.prompt[i] == batch.prompt[j]
+    ]
+    return sum(product < 0 for product in pairs) / len(pairs)
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def build_module(
         tokens_per_microbatch=config.tokens_per_microbatch,
         logit_chunk_mb=config.logit_chunk_mb,
         base=frozen_base(policy, getattr(torch, config.model.base_dtype)),
+        flow=None if config.strategy.flow is None else instantiate(config.strategy.flow),
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from powerflow_lit.blocks import inner_boundaries
 from powerflow_lit.objectives import LossInputs, LossOutput, group_log_z
 
 Objective = Callable[[LossInputs], LossOutput]
@@ -112,7 +113,8 @@ class Language:
     ) -> tuple[Tensor, float]:
         """p^alpha exp(alpha L psi) Z'^-L, and the log Z' at which it sums to one."""
         energy = alpha * (self.log_probs(base) + self.lengths * psi)
-        log_z = root(lambda x: float((energy - x * self.lengths).logsumexp(0)))
+        reach = max(64.0, 8 * alpha)  # log Z' is about alpha times a token's log-prob
+        log_z = root(lambda x: float((energy - x * self.lengths).logsumexp(0)), reach)
         return energy - log_z * self.lengths, log_z
 
     def chosen_length_target(
@@ -148,6 +150,32 @@ class Language:
         c = -root(lambda x: float((energy - x * square).logsumexp(0)))
         return energy + c * square
 
+    # --- prefixes ---
+
+    @property
+    def prefix_lengths(self) -> Tensor:
+        """(prefixes,) tokens of each unfinished prefix."""
+        places = torch.arange(self.mask.shape[1]).expand(self.mask.shape)
+        found = torch.zeros(len(self.last_letter), dtype=torch.long)
+        return found.index_put((self.prefix[self.mask],), places[self.mask]).double()
+
+    def prefix_log_probs(self, logits: Tensor) -> Tensor:
+        """log p(x) of every unfinished prefix x, (prefixes,): the sum over its own tokens."""
+        token = self.token_log_probs(logits)
+        before = token.cumsum(1) - token  # (N, T) of the prefix that yields each token
+        found = token.new_zeros(len(self.last_letter))
+        return found.index_put((self.prefix[self.mask],), before[self.mask])
+
+    def prefix_flow(self, base: Tensor, alpha: float, psi: Tensor | float = 0.0) -> Tensor:
+        """log V of every unfinished prefix at the LA-TB target, (prefixes,) nats: the sum over the
+        strings that begin with it of p(rest)^alpha Z'^-|rest| exp(alpha L psi)."""
+        log_p, log_z = self.length_averaged_target(base, alpha, psi)
+        begin = torch.zeros(len(self), len(self.last_letter), dtype=torch.bool)
+        begin[torch.arange(len(self))[:, None].expand_as(self.mask)[self.mask],
+              self.prefix[self.mask]] = True  # fmt: skip
+        rest = log_p[:, None] - alpha * self.prefix_log_probs(base) + log_z * self.prefix_lengths
+        return torch.where(begin, rest, -math.inf).logsumexp(0)
+
 
 def root(decreasing: Callable[[float], float], reach: float = 64.0) -> float:
     """Zero of a decreasing function by bisection, to the last bit.
@@ -169,6 +197,19 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> float:
     return 0.5 * float((log_p.detach().exp() - log_q.detach().exp()).abs().sum())
 
 
+def kl(log_p: Tensor, log_q: Tensor) -> float:
+    """KL(p || q) in nats."""
+    return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+def exact_inversion_rate(log_p: Tensor, x: Tensor, y: Tensor, tie: float = 1e-9) -> float:
+    """P[(x_i - x_j)(y_i - y_j) < 0] of strings i, j drawn from p, by enumeration of all pairs."""
+    p = log_p.exp()
+    dx, dy = x[:, None] - x, y[:, None] - y
+    inverted = (dx * dy < 0) & (dx.abs() > tie) & (dy.abs() > tie)
+    return float((p[:, None] * p * inverted).sum())
+
+
 # --- inputs --------------------------------------------------------------------------------------
 
 
@@ -182,6 +223,7 @@ def inputs_for(
     log_p_old: Tensor | None = None,
     psi: Tensor | float = 0.0,
     group: int | None = None,
+    flow: FlowTable | None = None,
 ) -> LossInputs:
     """The strings `rows` (default: all, once each) as rollouts of one prompt, or as groups of
     `group` rollouts each.
@@ -202,6 +244,7 @@ def inputs_for(
         log_z=torch.as_tensor(log_z, dtype=torch.float64).expand(len(rows)),
         format_penalty=torch.as_tensor(psi, dtype=torch.float64).expand(len(language))[rows],
         prompt_index=torch.arange(len(rows)) // (group or len(rows)),
+        log_flow=None if flow is None else flow.at_boundaries(rows),
     )
 
 
@@ -217,6 +260,22 @@ class LearnedScalar(nn.Module):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         return self.value.expand(len(inputs.mask))
+
+
+class FlowTable(LearnedScalar):
+    """log Z' and log V of every unfinished prefix, trained together: what a flow head is here."""
+
+    def __init__(self, language: Language, block_size: int) -> None:
+        super().__init__()
+        self.language, self.block_size = language, block_size
+        self.table = nn.Parameter(torch.zeros(len(language.last_letter), dtype=torch.float64))
+
+    def at_boundaries(self, rows: Tensor) -> Tensor:
+        """log V between the blocks of the strings `rows`, (n, K); anything where one has ended."""
+        every = self.language.prefix[rows]  # (n, T)
+        boundaries = inner_boundaries(every.shape[1], self.block_size)
+        places = self.block_size * torch.arange(1, boundaries + 1)
+        return self.table[every[:, places.clamp(max=every.shape[1] - 1)]]
 
 
 class Frozen(nn.Module):
@@ -264,10 +323,15 @@ class Step:
     loss: float
 
 
-def all_strings(language: Language, base: Tensor, psi: Tensor | float = 0.0) -> Batch:
+def all_strings(
+    language: Language,
+    base: Tensor,
+    psi: Tensor | float = 0.0,
+    flow: FlowTable | None = None,
+) -> Batch:
     """Every string once: an objective with the unclipped sequence weight then follows its exact
     on-policy gradient."""
-    return lambda logits, step: inputs_for(language, logits, base, psi=psi)
+    return lambda logits, step: inputs_for(language, logits, base, psi=psi, flow=flow)
 
 
 def own_samples(
@@ -280,6 +344,7 @@ def own_samples(
     group: int | None = None,
     base_share: float = 0.0,
     as_mixture: bool = False,
+    flow: FlowTable | None = None,
 ) -> Batch:
     """Strings drawn from the current policy; all updates of a refill use the whole of it.
 
@@ -319,7 +384,7 @@ def own_samples(
             rows = torch.cat([drawn(old, size - of_base), drawn(base, of_base)], 1).flatten()
             log_p_old = behaviour(old, rows)
         return inputs_for(
-            language, logits, base, rows=rows, log_p_old=log_p_old, psi=psi, group=group
+            language, logits, base, rows=rows, log_p_old=log_p_old, psi=psi, group=group, flow=flow
         )
 
     return batch

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from powerflow_lit import ranks
 from powerflow_lit.automatic_alpha import AutomaticAlpha
+from powerflow_lit.flow import FlowHead
 from powerflow_lit.fresh import FreshRollouts
 from powerflow_lit.length_control import LengthControl
 from powerflow_lit.log_z import LogZ, LogZContext
@@ -22,7 +23,14 @@ from powerflow_lit.models.errors import ModelError
 from powerflow_lit.models.forward_pass import prompt_states
 from powerflow_lit.models.logprobs import Scores, response_scores
 from powerflow_lit.models.lora import is_lora, trained_names
-from powerflow_lit.objectives import Alpha, LossInputs, LossOutput, NonFiniteInputError, group_log_z
+from powerflow_lit.objectives import (
+    Alpha,
+    LossInputs,
+    LossOutput,
+    NonFiniteInputError,
+    ObjectiveError,
+    group_log_z,
+)
 from powerflow_lit.off_policy import RAW_RATIOS, policy_metrics, ratios_unknown
 from powerflow_lit.optimized_module import OptimizedModule
 from powerflow_lit.random_state import random_state, restore_random_state
@@ -46,7 +54,8 @@ class PowerFlowModule(OptimizedModule):
         objective: `(LossInputs, *, alpha, **calibration) -> LossOutput`, see `objectives`. One with
             `uses_log_z` also offers `mismatch` and `weight`, from which closed forms take log Z.
             One without `uses_log_p_old` is taken to use the behaviour log-probs. One with an
-            `entropy_temperature` is given the policy's token entropies at it.
+            `entropy_temperature` is given the policy's token entropies at it, one with a
+            `block_size` log V of prefixes from `flow`.
         log_z: where log Z comes from; unused where the objective has none.
         alpha, alpha_schedule: the power, and how it is used over training.
         length_control: whether the mean length is chosen, for which `objective` needs a place.
@@ -58,6 +67,10 @@ class PowerFlowModule(OptimizedModule):
         tokens_per_microbatch: padded tokens of one forward pass; never changes a gradient.
         logit_chunk_mb: float32 logits held at once, MB; never changes one either.
         base: p_base; None takes the policy as it is now (a copy, or its adapter switched off).
+        flow: where log V comes from; unused where the objective asks for none.
+
+    Raises:
+        ObjectiveError: it asks for log V and there is no flow.
     """
 
     def __init__(
@@ -84,6 +97,7 @@ class PowerFlowModule(OptimizedModule):
         tokens_per_microbatch: int,
         logit_chunk_mb: float,
         base: FrozenBase | None = None,
+        flow: FlowHead | None = None,
     ) -> None:
         super().__init__(
             lr=lr,
@@ -105,6 +119,12 @@ class PowerFlowModule(OptimizedModule):
         self.entropy_temperature = getattr(objective, "entropy_temperature", None)
         self.log_z = log_z if self.uses_log_z else LogZ()
         self.log_z.build(policy.config.get_text_config().hidden_size)
+        self.block_size: int | None = getattr(objective, "block_size", None)
+        if self.block_size is not None and flow is None:
+            raise ObjectiveError("the objective asks for log V between blocks: set strategy.flow")
+        self.flow = None if self.block_size is None else flow
+        if self.flow is not None:
+            self.flow.build(policy.config.get_text_config().hidden_size)
         self.objective = objective
         self.alpha_value, self.alpha_schedule = alpha, alpha_schedule
         self.automatic = alpha_schedule if isinstance(alpha_schedule, AutomaticAlpha) else None
@@ -151,8 +171,7 @@ class PowerFlowModule(OptimizedModule):
         self._skips_this_step = False
         scores = self.policy_scores(batch)  # log pi_theta, with gradient
         self._deferred = scores.deferred
-        inputs = replace(self.loss_inputs(batch, scores.log_prob), token_entropy=scores.entropy)
-        inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
+        inputs = self.with_estimates(self.loss_inputs(batch, scores.log_prob), batch, scores)
         alpha = self.alpha_of(batch.prompt_id)
         try:
             output = self.objective(inputs, alpha=alpha, **self.calibration)
@@ -188,8 +207,8 @@ class PowerFlowModule(OptimizedModule):
         return sum((0 * p.sum() for p in self.parameters() if p.requires_grad), start=0)  # type: ignore[return-value]
 
     def policy_scores(self, batch: TrajectoryBatch) -> Scores:
-        """Log-probs of all responses under the policy, and states of this rank's own prompts if
-        the head reads them; the gradient is of this rank's own rows."""
+        """Log-probs of all responses under the policy, and states of this rank's own prompts and
+        blocks if a head reads them; the gradient is of this rank's own rows."""
         pool = self.log_z.pool if self.log_z.source == "policy" else None
         tokens, rows = batch.tokens, ranks.share_of_groups(batch.prompt_index)
         scores = response_scores(
@@ -199,6 +218,7 @@ class PowerFlowModule(OptimizedModule):
             logit_chunk_mb=self.logit_chunk_mb,
             pool=pool,
             entropy_temperature=self.entropy_temperature,
+            block_size=self.block_size,
         )
         shape = len(batch.prompt_index), int(tokens.response_lengths.max())
         own = {"log_prob": scores.log_prob, "entropy": scores.entropy}
@@ -224,6 +244,18 @@ class PowerFlowModule(OptimizedModule):
             reward=batch.reward,
             length_price=self.length_control.price(batch.prompt_id),
         )
+
+    def with_estimates(
+        self, inputs: LossInputs, batch: TrajectoryBatch, scores: Scores
+    ) -> LossInputs:
+        """The inputs with all that the objective asks for beside log-probs."""
+        log_flow = None
+        if self.flow is not None:
+            assert self.block_size is not None
+            assert scores.block_states is not None
+            log_flow = self.flow.of_all(scores.block_states, batch, self.block_size)
+        log_z = self.estimate_log_z(inputs, batch, scores)
+        return replace(inputs, token_entropy=scores.entropy, log_flow=log_flow, log_z=log_z)
 
     def estimate_log_z(self, inputs: LossInputs, batch: TrajectoryBatch, scores: Scores) -> Tensor:
         """log Z of each trajectory's prompt, (N,) nats; zeros where the objective has none."""
@@ -300,8 +332,7 @@ class PowerFlowModule(OptimizedModule):
             scores = self.policy_scores(batch)
         # judged at their own merit: no importance weight between the policy and whoever drew them
         inputs = replace(self.loss_inputs(batch, scores.log_prob), log_p_old=scores.log_prob)
-        inputs = replace(inputs, token_entropy=scores.entropy)
-        inputs = replace(inputs, log_z=self.estimate_log_z(inputs, batch, scores))
+        inputs = self.with_estimates(inputs, batch, scores)
         alpha = self.alpha_of(batch.prompt_id)
         return self.objective(inputs, alpha=alpha, **self.calibration).residual
 

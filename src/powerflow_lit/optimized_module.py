@@ -1,4 +1,4 @@
-"""How the policy and the head beside it are updated: AdamW, clipping, and what is skipped."""
+"""How the policy and the heads beside it are updated: AdamW, clipping, and what is skipped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from powerflow_lit.diverged import DivergedError
+from powerflow_lit.flow import FlowHead
 from powerflow_lit.log_z import LogZ
 from powerflow_lit.models import sharding
 from powerflow_lit.models.base import FrozenBase
@@ -20,7 +21,7 @@ class OptimizedModule(L.LightningModule):
     """The optimizer's side of a module, which brings policy, base, log Z and the loss.
 
     Args:
-        lr, log_z_lr, betas, weight_decay, warmup_steps: AdamW, policy and head apart.
+        lr, log_z_lr, betas, weight_decay, warmup_steps: AdamW, policy and heads apart.
         fused_optimizer: whether it is one kernel for all parameters; None: where that pays.
         grad_clip, log_z_grad_clip: largest gradient norm of either.
         max_skipped_in_a_row: updates with a non-finite loss or gradient at which training ends.
@@ -28,6 +29,7 @@ class OptimizedModule(L.LightningModule):
 
     policy: PreTrainedModel
     log_z: LogZ
+    flow: FlowHead | None
     # in a tuple, so that it is neither a submodule, nor a parameter, nor in any checkpoint
     _frozen: tuple[FrozenBase]
 
@@ -61,6 +63,11 @@ class OptimizedModule(L.LightningModule):
         return self._frozen[0]
 
     @property
+    def heads(self) -> nn.ModuleList:
+        """What is trained beside the policy, at a rate of its own."""
+        return nn.ModuleList([self.log_z] if self.flow is None else [self.log_z, self.flow])
+
+    @property
     def is_healthy(self) -> bool:
         """Whether a checkpoint of this state is worth keeping: the last update was not skipped,
         and everything that is trained is finite, as far as this rank holds it."""
@@ -80,12 +87,12 @@ class OptimizedModule(L.LightningModule):
         for part in self._deferred:
             part.backward(self.trainer.precision_plugin.forward_context)
         self._deferred = ()
-        if self.device_mesh is not None:  # the head is whole on every rank
-            sharding.average_gradients(self.log_z, self.device_mesh["data_parallel"])
+        if self.device_mesh is not None:  # the heads are whole on every rank
+            sharding.average_gradients(self.heads, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         policy = [p for p in self.policy.parameters() if p.requires_grad]
-        head = list(self.log_z.parameters())
+        head = list(self.heads.parameters())
         groups = [{"params": policy, "lr": self.lr, "weight_decay": self.weight_decay}]
         if head:
             groups.append({"params": head, "lr": self.log_z_lr, "weight_decay": 0.0})
@@ -106,12 +113,14 @@ class OptimizedModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip policy and head apart; a non-finite gradient skips the step."""
+        """Clip policy and each head apart; a non-finite gradient skips the step."""
         if self._skips_this_step:  # there was no loss, and so there are no gradients, or of 0
             optimizer.zero_grad(set_to_none=True)
             return
         norm = sharding.whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip))
-        head_norm = nn.utils.clip_grad_norm_(self.log_z.parameters(), self.log_z_grad_clip)
+        head_norm = sum(
+            nn.utils.clip_grad_norm_(head.parameters(), self.log_z_grad_clip) for head in self.heads
+        )
         self.step_metrics["grad_norm"] = norm
         self.step_metrics["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
         if not bool(torch.isfinite(norm + head_norm)):

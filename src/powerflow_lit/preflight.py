@@ -91,6 +91,8 @@ def light_parts(config: TrainConfig) -> Parts:
     check_ranks(config)
     objective = _objective(config)
     _built("log_z", config.log_z)
+    if config.strategy.flow is not None:
+        _built("strategy.flow", config.strategy.flow)
     task: Task = _built("task.build", config.task.build)
     _check_reward(config, task)
     train, evaluation = task.train_prompts(), task.eval_prompts()
@@ -209,6 +211,7 @@ def _objective(config: TrainConfig) -> Any:
         prompt_index=torch.zeros(2, dtype=torch.long),
         reward=None if config.strategy.reward is None else torch.tensor([0.0, 1.0]),
         token_entropy=torch.ones(2, 2),
+        log_flow=torch.zeros(2, 1),
     )
     constants = config.strategy.calibrate
     numbers = {n: 1.0 if isinstance(v, str) else float(v) for n, v in constants.items()}

@@ -20,7 +20,8 @@ CONTRACT_FILES = (
 )  # fmt: skip
 CONTRACT_METRICS = {
     "train": "loss residual_mean residual_abs residual_std log_z log_z_group corr_residual_length "
-    "is_weight_mean is_weight_min is_weight_max is_clip_frac ess grad_norm entropy kl_base lr",
+    "is_weight_mean is_weight_min is_weight_max is_clip_frac ess grad_norm entropy kl_base "
+    "inversion_rate lr",
     "rollout": "length_mean length_std truncated_frac format_rate repetition unique_frac "
     "log_p_base_per_token accuracy",
     "val": "avg@4 pass@4 maj@4 length_mean format_rate repetition diversity_semantic "

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from powerflow_lit.flow import FlowHead
 from powerflow_lit.log_z import EmaLogZ, GroupLogZ, GroupLooLogZ
 from powerflow_lit.module import PowerFlowModule
-from powerflow_lit.objectives import PolicyGradientObjective
+from powerflow_lit.objectives import (
+    BalanceObjective,
+    BlockVariance,
+    PolicyGradientObjective,
+    la_tb_mismatch,
+)
 from powerflow_lit.types import TrajectoryBatch
 from tests.commands import command, environment
 from tests.faults.faulty import NanObjective
@@ -41,6 +47,10 @@ def rl() -> PolicyGradientObjective:
     return PolicyGradientObjective("traj", "in_reward", "rloo", "sequence_sum", NO_WEIGHT)
 
 
+def blocks(size: int) -> BalanceObjective:
+    return BalanceObjective(la_tb_mismatch, NO_WEIGHT, BlockVariance(size))
+
+
 CASES: dict[str, dict[str, Any]] = {
     "head": {"log_z": head},
     "head into the trunk": {"log_z": lambda: head(detach=False, pool="last")},
@@ -49,6 +59,15 @@ CASES: dict[str, dict[str, Any]] = {
     "leave one out": {"log_z": GroupLooLogZ},
     "ema": {"log_z": lambda: EmaLogZ(rate=0.5, scope="prompt")},
     "rl": {"objective": rl},
+    "blocks": {"objective": lambda: blocks(2), "flow": lambda: FlowHead(width=16, detach=True)},
+    "blocks into the trunk, longer than most responses": {
+        "objective": lambda: blocks(5),
+        "flow": lambda: FlowHead(width=16, detach=False),
+    },
+    "blocks longer than any": {
+        "objective": lambda: blocks(50),
+        "flow": lambda: FlowHead(width=16, detach=True),
+    },
 }
 
 

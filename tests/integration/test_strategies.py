@@ -34,8 +34,8 @@ STRATEGIES = sorted(path.stem for path in Path(conf_dir(), "strategy").glob("*.y
 RIVALS = ("grpo", "dr_grpo", "intuitor", "empo", "ttrl", "one_shot_em", "flowrl",
           "flowrl_unclipped", "format_only")  # fmt: skip
 SUPERVISED = ("grpo", "dr_grpo", "flowrl", "flowrl_unclipped")
-BALANCE = ("powerflow", "la_tb", "tb_traj", "tb_token", "tb_token_per_token", "format_only",
-           "flowrl", "flowrl_unclipped")  # fmt: skip
+BALANCE = ("powerflow", "la_tb", "la_tb_blocks", "tb_traj", "tb_token", "tb_token_per_token",
+           "format_only", "flowrl", "flowrl_unclipped")  # fmt: skip
 REWARDED = ("grpo", "dr_grpo", "intuitor", "empo", "ttrl")
 HERE = "tests.integration.test_strategies"
 

@@ -26,6 +26,7 @@ from powerflow_lit.config.schema import (
     FinetuneConfig,
     LoggerConfig,
     ModelConfig,
+    StrategyConfig,
     TrainConfig,
 )
 
@@ -101,6 +102,7 @@ def check_train_ranges(config: TrainConfig) -> None:
     _check_optimizer(config)
     _check_callbacks(config)
     _check_log_z(config.log_z)
+    _check_blocks(config.strategy)
     check_schedule(config.alpha_schedule)
     _check_length_control(config.length_control)
     _check_trainer(config.trainer)
@@ -286,6 +288,23 @@ def _check_log_z(node: Mapping[str, Any]) -> None:
     require(0 < rate <= 1, f"log_z.rate={rate}: must lie in (0, 1], the share of the newest value")
     at_least(1, {"log_z.width": numbers.get("width")})
     at_least(0, {"log_z.warmup_steps": numbers.get("warmup_steps")})
+
+
+def _check_blocks(strategy: StrategyConfig) -> None:
+    """Blocks of a whole number of tokens, and a head for the flow between them."""
+    spread, flow = strategy.objective.get("spread"), strategy.flow
+    size = spread.get("block_size") if isinstance(spread, Mapping) else None
+    if size is not None:
+        check_numbers("strategy.objective.spread", {"block_size": size}, whole=("block_size",))
+        at_least(1, {"strategy.objective.spread.block_size": size})
+        require(
+            flow is not None,
+            "strategy.flow=null with strategy.objective.spread.block_size: log V between the "
+            "blocks must come from somewhere: take strategy=la_tb_blocks",
+        )
+    if flow is not None and is_ours(flow):
+        check_numbers("strategy.flow", {"width": flow.get("width")}, whole=("width",))
+        at_least(1, {"strategy.flow.width": flow.get("width")})
 
 
 def _check_length_control(node: Mapping[str, Any]) -> None:

@@ -76,6 +76,7 @@ class StrategyConfig:
     calibrate: dict[str, Any] = MISSING
     objective: dict[str, Any] = MISSING
     reward: RewardConfig | None = None  # of strategies that take one
+    flow: dict[str, Any] | None = None  # of strategies that ask for log V
 
 
 @dataclass

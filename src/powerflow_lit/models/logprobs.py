@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from powerflow_lit.models.block_states import Blocks
 from powerflow_lit.models.errors import ModelError
 from powerflow_lit.models.forward_pass import ForwardPass, forward_passes
 from powerflow_lit.models.guard import allowed_tokens, log_prob_over
@@ -33,6 +34,7 @@ class Scores:
     prompt_state: Tensor | None  # (N, h) pooled hidden states of the prompt, if asked for
     entropy: Tensor | None = None  # (N, T) float32, nats, if asked for; as log_prob
     certainty: Tensor | None = None  # the same
+    block_states: Tensor | None = None  # (N, K, h) after each block but the last, if asked for
     deferred: tuple[Deferred, ...] = ()  # what is left to do after the loss's backward pass
 
 
@@ -88,9 +90,13 @@ def response_scores(
     pool: Pool | None = None,
     entropy_temperature: float | None = None,
     certainty: bool = False,
+    block_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Log-probs of the response tokens, and pooled prompt states when `pool` is given.
+
+    With a `block_size` also the hidden states that predict a response's tokens block_size,
+    2 block_size, ... (from 0), 0 where it has ended by then.
 
     They are over the full vocabulary, or over `batch.allowed` where a guard has set it, and at
     `temperature`. No more than `logit_chunk_mb` MB of logits exist at a time. Entropies and
@@ -111,20 +117,22 @@ def response_scores(
         logit_chunk_mb=logit_chunk_mb,
         entropy_temperature=entropy_temperature,
         certainty=certainty,
+        blocks=None if block_size is None else Blocks.of(batch, block_size),
     )
     score = partial(in_one_pass, model, of_pass)
     pieces: list[Any] = []
     states: list[Any] = []
+    blocks: list[Any] = []
     deferred: list[Deferred] = []
     for part in passes:
         # backward begins with the last: its activations may stay, they are gone before the others'
         if not torch.is_grad_enabled() or part is passes[-1]:
-            state, *ragged = score(part)
+            state, after_blocks, *ragged = score(part)
         elif is_sharded(model):
             deferred.append(later := Deferred.of(partial(score, part)))
-            state, *ragged = later.outputs
+            state, after_blocks, *ragged = later.outputs
         else:
-            state, *ragged = checkpoint(
+            state, after_blocks, *ragged = checkpoint(
                 score,
                 part,
                 use_reentrant=False,
@@ -142,6 +150,7 @@ def response_scores(
             ]
         )
         states.append(state)
+        blocks.append(after_blocks)
         if on_progress is not None:
             on_progress(len(lengths))
     back = torch.argsort(torch.cat([part.rows for part in passes]))  # to the batch's order
@@ -149,7 +158,8 @@ def response_scores(
     entropy = others.pop(0) if entropy_temperature is not None else None
     found = others.pop(0) if certainty else None
     pooled = None if pool is None else torch.cat(states)[back]
-    return Scores(log_prob, pooled, entropy, found, tuple(deferred))
+    between = None if block_size is None else torch.cat(blocks)[back]
+    return Scores(log_prob, pooled, entropy, found, between, tuple(deferred))
 
 
 @torch.no_grad()
@@ -213,9 +223,10 @@ def _scores(
     logit_chunk_mb: float,
     entropy_temperature: float | None,
     certainty: bool,
+    blocks: Blocks | None,
 ) -> tuple[Tensor | None, ...]:
-    """Prompt states (n, h), log-probs of all response tokens in a row (R,), then entropies and
-    certainties where they are asked for."""
+    """Prompt states (n, h), states between blocks (n, K, h), log-probs of all response tokens in a
+    row (R,), then entropies and certainties where they are asked for."""
     states, targets, prompt_state = part.states(model, pool)
     output = OutputLayer.of(model)
     found = linear_statistics(
@@ -232,4 +243,5 @@ def _scores(
         certainty=certainty,
     )
     asked = (found.log_prob, found.entropy, found.certainty)
-    return prompt_state, *(values for values in asked if values is not None)
+    between = None if blocks is None else blocks.states(states, part.rows)
+    return prompt_state, between, *(values for values in asked if values is not None)

@@ -13,6 +13,7 @@ from powerflow_lit.objectives.balance import (
     tb_traj_mismatch,
     token_variance,
 )
+from powerflow_lit.objectives.blockwise import BlockVariance
 from powerflow_lit.objectives.entropy import EntropyObjective
 from powerflow_lit.objectives.inputs import (
     Alpha,
@@ -40,6 +41,7 @@ from powerflow_lit.objectives.weights import ImportanceWeight, PpoClip
 __all__ = [
     "Alpha",
     "BalanceObjective",
+    "BlockVariance",
     "EntropyObjective",
     "ImportanceWeight",
     "LengthFit",

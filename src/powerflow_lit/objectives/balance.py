@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from powerflow_lit.metrics.inversion import inversion_rate
 from powerflow_lit.objectives.advantages import advantages
 from powerflow_lit.objectives.inputs import (
     Alpha,
@@ -28,6 +29,7 @@ from powerflow_lit.objectives.inputs import (
     checked,
     lengths,
     masked_sum,
+    per_token,
     refuse_length_price,
     reward_of,
 )
@@ -35,6 +37,7 @@ from powerflow_lit.objectives.weights import ImportanceWeight, Weights, weight_m
 
 Reading = Literal["energy", "power", "per_token"]
 UNWEIGHTED = ImportanceWeight("none", None, None)
+TIE = 1e-3  # nats; log-probs of equal responses out of two passes differ by less
 
 
 # --- mismatches: the residual without log Z, (N,) ------------------------------------------------
@@ -110,8 +113,7 @@ def format_only_mismatch(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
 
 def token_variance(inputs: LossInputs, *, alpha: Alpha) -> Tensor:
     """Variance over a response's tokens of log pi_theta - alpha log p_base, (N,), nats squared."""
-    power = alpha[:, None] if isinstance(alpha, Tensor) else alpha
-    ratio = inputs.log_pf - power * inputs.log_p_base
+    ratio = inputs.log_pf - per_token(alpha) * inputs.log_p_base
     L = lengths(inputs.mask)
     mean = masked_sum(ratio, inputs.mask) / L
     return masked_sum((ratio - mean[:, None]) ** 2, inputs.mask) / L
@@ -128,7 +130,8 @@ class BalanceObjective:
         mismatch: `(inputs, *, alpha, ...) -> (N,)`, the residual without log Z; the closed forms
             of log Z ask for it apart.
         weight: importance weight, detached.
-        spread: `(inputs, *, alpha) -> (N,)`, added to the squared residual.
+        spread: `(inputs, *, alpha) -> (N,)`, added to the squared residual: what the residuals of
+            a response's parts vary by (`token_variance`, `BlockVariance`).
     """
 
     mismatch: Callable[..., Tensor]
@@ -142,14 +145,23 @@ class BalanceObjective:
         pieces = [piece for piece in (self.mismatch, self.spread) if piece is not None]
         return self.weight.is_used or not all(map(_is_ours, pieces))
 
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of the blocks between which log_flow is asked for, if it is."""
+        return getattr(self.spread, "block_size", None)
+
     def __call__(self, inputs: LossInputs, *, alpha: Alpha, **calibration: float) -> LossOutput:
         inputs = checked(inputs)
         d = inputs.log_z + self.mismatch(inputs, alpha=alpha, **calibration)  # (N,)
-        square = d**2 if self.spread is None else d**2 + self.spread(inputs, alpha=alpha)
-        weights = self.weight(inputs)
+        square, weights = d**2, self.weight(inputs)
+        within: dict[str, Tensor] = {}
+        if self.spread is not None:
+            variance = self.spread(inputs, alpha=alpha)
+            square = square + variance
+            within["residual_std_within"] = variance.detach().mean().sqrt()
         loss = (weights.value * square).mean()
         d = d.detach()
-        return LossOutput(loss, trajectory_metrics(inputs, d, weights), d)
+        return LossOutput(loss, {**trajectory_metrics(inputs, d, weights), **within}, d)
 
 
 def tb_traj(inputs: LossInputs, *, alpha: Alpha) -> LossOutput:
@@ -208,6 +220,7 @@ def trajectory_metrics(inputs: LossInputs, residual: Tensor, weights: Weights) -
         "residual_std": residual.std(unbiased=False),
         "log_z": inputs.log_z.mean(),
         "corr_residual_length": _correlation(residual, L),
+        "inversion_rate": inversion_rate(B, S, inputs.prompt_index, tie=TIE),
         "entropy": -S.sum() / tokens,
         "kl_base": (S - B).sum() / tokens,
         **weight_metrics(weights),

@@ -34,6 +34,7 @@ class LossInputs:
     reward: Tensor | None = None  # (N,) float  of the rollout, for strategies that take one
     token_entropy: Tensor | None = None  # (N, T) float  nats, of the policy; carries the gradient
     length_price: Tensor | None = None  # (N,) float  lambda of a chosen length, nats per token
+    log_flow: Tensor | None = None  # (N, K) float  nats, of prefixes (`blockwise`); with gradient
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -62,7 +63,8 @@ class LossOutput:
 
 def checked(inputs: LossInputs) -> LossInputs:
     """The inputs as an objective may use them: in at least float32, padding set to zero (so that no
-    NaN there reaches a gradient), and no gradient but of log_pf, token_entropy and log_z.
+    NaN there reaches a gradient), and no gradient but of log_pf, token_entropy, log_z and
+    log_flow.
 
     Raises:
         ObjectiveError: no trajectory, a trajectory without response tokens, a positive penalty.
@@ -108,6 +110,7 @@ def checked(inputs: LossInputs) -> LossInputs:
         reward=None if inputs.reward is None else _wide(inputs.reward).detach(),
         token_entropy=clean.get("token_entropy"),
         length_price=None if inputs.length_price is None else _wide(inputs.length_price).detach(),
+        log_flow=None if inputs.log_flow is None else _wide(inputs.log_flow),
     )
 
 
@@ -129,6 +132,11 @@ def refuse_length_price(inputs: LossInputs, objective: str) -> None:
             f"length_price with {objective}: there the length follows from the objective and "
             "cannot be chosen; take strategy=powerflow_length or tb_traj, or length_control=none"
         )
+
+
+def per_token(alpha: Alpha) -> Alpha:
+    """alpha as a factor of (N, T) values: one of each trajectory's becomes (N, 1)."""
+    return alpha[:, None] if isinstance(alpha, Tensor) and alpha.dim() else alpha
 
 
 def check_alpha(alpha: Alpha, above: float = 0.0, why: str = "the power of p_base") -> None:

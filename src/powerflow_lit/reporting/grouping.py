@@ -18,6 +18,7 @@ COLOURS = {
     "powerflow": "#0072B2",
     "powerflow_length": "#88CCEE",
     "la_tb": "#56B4E9",
+    "la_tb_blocks": "#CC6677",
     "tb_traj": "#D55E00",
     "tb_token": "#E69F00",
     "tb_token_per_token": "#F0E442",
