@@ -37,8 +37,9 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended("values", self.values, value_states)
         return self.keys, self.values
 
-    def _appended(self, name: str, held: Tensor, new: Tensor) -> Tensor:
+    def _appended(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
         """held: (N, heads, L, size), or empty; new: (N, heads, more, size)."""
+        assert held is not None  # initialised just before
         length = held.shape[-2] if held.numel() else 0
         end = length + new.shape[-2]
         buffer = self._buffers.get(name)
