@@ -7,10 +7,10 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from powerflow_lit.objectives import LossInputs
-from powerflow_lit.objectives.inputs import masked_sum
+from powerflow_lit.objectives.inputs import lengths, masked_sum
+from powerflow_lit.types import TrajectoryBatch
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class FreshRollouts:
 
     def __init__(self) -> None:
         self.of_prompt: dict[int, Sums] = {}
+        self.version: int | None = None  # of the policy that made them; None: all that come count
 
     @property
     def whole(self) -> Sums:
@@ -42,21 +43,15 @@ class FreshRollouts:
         return sum(self.of_prompt.values(), start=Sums())
 
     @torch.no_grad()
-    def add(self, inputs: LossInputs, prompt_id: Tensor, fresh: Tensor) -> None:
-        """The trajectories of an update.
-
-        Args:
-            prompt_id: (N,) the task's ids of their prompts.
-            fresh: (N,) bool: drawn from the policy for this refill; stale ones count for nothing.
-        """
-        log_p = masked_sum(inputs.log_p_old.double(), inputs.mask)
-        base = masked_sum(inputs.log_p_base.double(), inputs.mask)
-        # one transfer from the device
-        columns = prompt_id.double(), inputs.mask.sum(1).double(), -log_p, log_p - base
-        rows = torch.stack(columns, 1)[fresh].tolist()
-        for prompt, tokens, surprise, divergence in rows:
-            one = Sums(1, int(tokens), surprise, divergence)
-            self.of_prompt[int(prompt)] = self.of_prompt.get(int(prompt), Sums()) + one
+    def add(self, inputs: LossInputs, batch: TrajectoryBatch) -> None:
+        """The trajectories of an update, without those that other policies have made."""
+        version = batch.policy_version
+        fresh = version == (version if self.version is None else self.version)  # (N,)
+        log_p = masked_sum(inputs.log_p_old, inputs.mask)
+        log_ratio = masked_sum(inputs.log_p_old - inputs.log_p_base, inputs.mask)
+        columns = batch.prompt_id, lengths(inputs.mask), -log_p, log_ratio
+        for prompt, *sums in zip(*(column[fresh].tolist() for column in columns), strict=True):
+            self.of_prompt[prompt] = self.of_prompt.get(prompt, Sums()) + Sums(1, *sums)
 
     def clear(self) -> None:
         self.of_prompt = {}

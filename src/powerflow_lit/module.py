@@ -129,7 +129,6 @@ class PowerFlowModule(OptimizedModule):
         self.alpha_value, self.alpha_schedule = alpha, alpha_schedule
         self.automatic = alpha_schedule if isinstance(alpha_schedule, AutomaticAlpha) else None
         self.fresh = FreshRollouts()
-        self.fresh_version: int | None = None  # of the newest rollouts; None: of all that come
         self.format_penalty = format_penalty
         self.calibrate_from = dict(calibrate)
         self.calibration: dict[str, float] = {}
@@ -182,8 +181,7 @@ class PowerFlowModule(OptimizedModule):
             self._skip_step(f"the loss is {float(output.loss.detach())}")
             return self._no_loss()
         if self.automatic is not None:
-            version = batch.policy_version if self.fresh_version is None else self.fresh_version
-            self.fresh.add(inputs, batch.prompt_id, batch.policy_version == version)
+            self.fresh.add(inputs, batch)
         self.step_metrics = {"loss": output.loss.detach(), **output.metrics}
         if batch.from_base is not None:
             own = policy_metrics(self.objective, inputs, output.residual, batch.from_base)

@@ -30,7 +30,7 @@ class Steering(Callback):
     ) -> None:
         module, data = parts_of(trainer)
         # with overlap=true they are of a refill before, but never of two policies
-        module.fresh_version = max(t.policy_version for t in data.buffer.newest)
+        module.fresh.version = max(t.policy_version for t in data.buffer.newest)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, PowerFlowModule)

@@ -43,6 +43,7 @@ from powerflow_lit.objectives import (
     token_variance,
 )
 from powerflow_lit.preflight import light_parts
+from powerflow_lit.types import TokenBatch, TrajectoryBatch
 from tests.unit.test_config import checked
 from tests.unit.test_module import EQ_10, NO_WEIGHT, batch, module, step
 
@@ -189,7 +190,15 @@ def test_sums_of_rollouts_estimate_entropy_and_kl() -> None:
     own = LANGUAGE.token_log_probs(policy)[rows]
     inputs = inputs_for(LANGUAGE, policy, BASE, rows=rows, log_p_old=own)
     rollouts = FreshRollouts()
-    rollouts.add(inputs, torch.zeros(4_000, dtype=torch.long), torch.ones(4_000).bool())
+    ones = torch.ones(4_000, dtype=torch.long)
+    rows_of_it = TokenBatch(ones[:, None], ones, inputs.mask.sum(1))
+    rollouts.add(
+        inputs,
+        TrajectoryBatch(
+            tokens=rows_of_it, log_p_base=inputs.log_p_base, log_p_old=own, formatted=ones > 0,
+            prompt_index=ones, prompt_id=ones, policy_version=ones,
+        ),
+    )  # fmt: skip
     log_p = target_at(2.0)
     assert EntropyRatio(ratio=1.0).measure(rollouts.whole) == pytest.approx(
         entropy_per_token(log_p), rel=0.04
@@ -204,7 +213,7 @@ def test_only_fresh_rollouts_count_and_padding_never_does() -> None:
     stale = data.policy_version.clone()
     stale[:4] = 7
     steered = module(GroupLogZ(), alpha_schedule=automatic(EntropyRatio(ratio=0.5)))
-    steered.fresh_version = 7
+    steered.fresh.version = 7
     step(steered, replace(data, policy_version=stale))
     lengths = data.tokens.response_lengths[:4]
     expected = -sum(row[:n].double().sum() for row, n in zip(data.log_p_old, lengths, strict=False))
