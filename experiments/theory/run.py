@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--bases", type=int, default=200, help="random bases of each kind")
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of a training")
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of a training")
     parser.add_argument("--seeds", type=int, default=3, help="of the trainings")
     options = parser.parse_args()
     if min(options.bases, options.steps, options.seeds) < 1:

@@ -205,9 +205,9 @@ def kl(log_p: Tensor, log_q: Tensor) -> float:
 def exact_inversion_rate(log_p: Tensor, x: Tensor, y: Tensor, tie: float = 1e-9) -> float:
     """P[(x_i - x_j)(y_i - y_j) < 0] of strings i, j drawn from p, by enumeration of all pairs."""
     p = log_p.exp()
-    dx, dy = x[:, None] - x, y[:, None] - y
-    inverted = (dx * dy < 0) & (dx.abs() > tie) & (dy.abs() > tie)
-    return float((p[:, None] * p * inverted).sum())
+    below = x[:, None] < x - tie  # (N, N); each pair counts in one of its two orders
+    inverted = below & (y[:, None] > y + tie)
+    return float(2 * (p @ inverted.to(p.dtype) @ p))
 
 
 # --- inputs --------------------------------------------------------------------------------------

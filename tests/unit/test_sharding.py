@@ -52,7 +52,7 @@ CASES: list[tuple[Kind, str]] = [
     ("phi", "packed, tied"),  # its output layer has a bias
     ("phi", "packed, tied, lora, checkpointed"),
     ("llama", "padded, checkpointed"),
-    ("qwen2", "packed, pooled"),
+    ("qwen2", "packed, pooled, blocks"),
 ]
 
 
@@ -74,16 +74,22 @@ def policy_of(folder: Path, kind: Kind, how: str) -> PreTrainedModel:
     return policy.double()
 
 
-def scores(policy: PreTrainedModel, batch: TokenBatch, tokens: int, pool: Any = None) -> Scores:
+def scores(policy: PreTrainedModel, batch: TokenBatch, tokens: int, how: str = "") -> Scores:
     return response_scores(
-        policy, batch, tokens_per_microbatch=tokens, logit_chunk_mb=0.01, pool=pool
+        policy,
+        batch,
+        tokens_per_microbatch=tokens,
+        logit_chunk_mb=0.01,
+        pool="mean" if "pooled" in how else None,
+        block_size=3 if "blocks" in how else None,
     )
 
 
 def loss_of(found: Scores) -> Tensor:
     """A sum over rows, each of which is coupled to itself alone: the ranks' losses add up."""
     loss = found.log_prob.sum(1).square().sum() / 100
-    return loss if found.prompt_state is None else loss + found.prompt_state.square().sum()
+    states = [x for x in (found.prompt_state, found.block_states) if x is not None]
+    return loss + sum(x.square().sum() for x in states)
 
 
 def gradients(policy: PreTrainedModel) -> dict[str, Tensor]:
@@ -133,7 +139,7 @@ def _steps(
         [{"params": trained, "lr": 1e-2}], betas=(0.9, 0.95), fused=None, scaled_loss=False
     )
     for number in range(2):
-        found = scores(policy, rows, tokens, "mean" if "pooled" in how else None)
+        found = scores(policy, rows, tokens, how)
         (scale * loss_of(found)).backward()
         for part in found.deferred:
             part.backward(nullcontext)
