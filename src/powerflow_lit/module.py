@@ -259,10 +259,9 @@ class PowerFlowModule(OptimizedModule):
         """Set the price of length by a refill that is about to be trained on, if there is one."""
         if not self.length_control.is_on:
             return
-        mismatch, _ = self.mismatch_and_weight(self._as_sampled(refill))
-        length = refill.tokens.response_lengths
-        prompts = refill.prompt_index, refill.prompt_id
-        for warning in self.length_control.observe(mismatch, length, *prompts):
+        seen = self.mismatch_and_weight(self._as_sampled(refill))
+        prompts = refill.tokens.response_lengths, refill.prompt_index, refill.prompt_id
+        for warning in self.length_control.observe(*seen, *prompts):
             self.print(f"warning: {warning}")
             if self.on_warning is not None:
                 self.on_warning(warning)
