@@ -29,13 +29,19 @@ class LengthControl:
         return None
 
     def observe(
-        self, mismatch: Tensor, length: Tensor, prompt_index: Tensor, prompt_id: Tensor
+        self,
+        mismatch: Tensor,
+        weight: Tensor,
+        length: Tensor,
+        prompt_index: Tensor,
+        prompt_id: Tensor,
     ) -> Iterator[str]:
         """Told of each refill before it is trained on; yields what the user should be warned of.
 
         Args:
             mismatch: (N,) nats, residuals without log Z under the policy that sampled, at the
                 prices in force.
+            weight: (N,) of the loss.
             length: (N,) tokens.
             prompt_index: (N,) equal within a group.
             prompt_id: (N,) the task's id of the prompt.
@@ -57,20 +63,22 @@ class LengthControl:
 class ChosenLength(LengthControl):
     """The mean length is chosen, and the price solved for, once a refill.
 
-    With `lag` = price in force - price that the policy has answered (`length_fit`), a refill moves
-    the price by -follow * lag + rate * (mean |y| - target) / Var|y|. The second term is Newton's
-    step, damped by `rate`. The first ties the price to the policy, which takes tens of refills to
-    answer: without it (`follow` 0, plain dual ascent) the price runs far ahead and the length
-    swings. At the end both vanish: the length is the chosen one, and the policy has answered. The
-    first price is the one at which the base's length stands still.
+    With `lead` = price in force - price that the policy has answered (`length_fit`), a refill moves
+    the price by -follow * lead + rate * (mean |y| - target) / Var|y|. The second term is Newton's
+    step. The first ties the price to the policy, which takes tens of refills to answer: without it
+    (`follow` 0, plain dual ascent) the price runs far ahead and the length swings. So it leads by
+    rate / follow Newton steps while there is a gap, and at the end both vanish: the length is the
+    chosen one, and the policy has answered. The first price is the one at which the base's length
+    stands still.
 
     Args:
         tokens: the chosen mean length; None takes `factor`.
         factor: the chosen mean length as a multiple of the first refill's, which the base sampled.
         scope: `global`: the mean over prompts is the chosen one, by one price for all; `prompt`:
             that of each prompt, by a price of its own (for small, repeating prompt sets).
-        follow: share of the lag that is taken back at a refill, in [0, 1].
-        rate: share of Newton's step that is made at a refill.
+        follow: share of the lead that is taken back at a refill, in [0, 1].
+        rate: of Newton's step, how much is made at a refill; above 1 it pushes harder than the tilt
+            alone asks for.
         max_step: largest change of a price at a refill, nats per token.
         bounds: least and largest price, nats per token.
         max_tokens: at which responses are cut.
@@ -98,7 +106,7 @@ class ChosenLength(LengthControl):
         self._ascent = Ascent(rate=1.0, gain=0.0, smoothing=0.0, low=low, high=high)
         self._prices: Dual | None = None  # None before the first refill
         self._target = float("nan")
-        self._lag = 0.0
+        self._lead = 0.0
 
     def price(self, prompt_id: Tensor) -> Tensor | None:
         prices = self._prices
@@ -110,38 +118,43 @@ class ChosenLength(LengthControl):
         return torch.tensor(own, device=prompt_id.device)
 
     def observe(
-        self, mismatch: Tensor, length: Tensor, prompt_index: Tensor, prompt_id: Tensor
+        self,
+        mismatch: Tensor,
+        weight: Tensor,
+        length: Tensor,
+        prompt_index: Tensor,
+        prompt_id: Tensor,
     ) -> Iterator[str]:
         """
         Raises:
             LengthControlError: the chosen length is none that responses can have.
         """
-        mismatch, length = mismatch.cpu(), length.cpu().double()
+        mismatch, weight, length = mismatch.cpu(), weight.cpu(), length.cpu().double()
         prompt_index, prompt_id = prompt_index.cpu(), prompt_id.cpu()
-        fit = length_fit(mismatch, length, prompt_index)
+        fit = length_fit(mismatch, weight, length, prompt_index)
         if self._prices is None:
             self._target = self._chosen(float(length.mean()))
             yield from self._out_of_reach(length)
-            start = min(max(-fit.excess, self._ascent.low), self._ascent.high)
+            start = min(max(-fit.lead, self._ascent.low), self._ascent.high)
             self._prices = Dual(self._ascent, start=start)
             mismatch = mismatch + start * length
-            fit = length_fit(mismatch, length, prompt_index)
+            fit = length_fit(mismatch, weight, length, prompt_index)
 
         def move(rows: Tensor) -> float:
             if fit.variance == 0:
                 return 0.0
-            own = length_fit(mismatch[rows], length[rows], prompt_index[rows])
+            own = length_fit(mismatch[rows], weight[rows], length[rows], prompt_index[rows])
             # by the variance of all: a prompt's own, of few rollouts, would be noise to divide by
-            lag = own.covariance / fit.variance
+            lead = own.covariance / fit.spread
             newton = (float(length[rows].mean()) - self._target) / fit.variance
-            step = self.rate * newton - self.follow * lag
+            step = self.rate * newton - self.follow * lead
             return min(max(step, -self.max_step), self.max_step)
 
         everyone = torch.ones_like(prompt_id, dtype=torch.bool)
         by_prompt = prompt_id.unique().tolist() if self.scope == "prompt" else []
         before = self._prices.value
         self._prices.step(move(everyone), {i: move(prompt_id == i) for i in by_prompt})
-        self._lag = fit.excess + self._prices.value - before
+        self._lead = fit.lead + self._prices.value - before
         if self._prices.state.at_bound == AT_BOUND:
             yield (
                 f"the price of length has stood at its bound {self._prices.value:g} for "
@@ -177,18 +190,18 @@ class ChosenLength(LengthControl):
             return {}
         return {
             "length_price": self._prices.value,
-            "length_price_lag": self._lag,
+            "length_price_lead": self._lead,
             "length_target": self._target,
         }
 
     def state_dict(self) -> dict[str, Any]:
         if self._prices is None:
             return {}
-        return {"prices": self._prices.state_dict(), "target": self._target, "lag": self._lag}
+        return {"prices": self._prices.state_dict(), "target": self._target, "lead": self._lead}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not state:
             return
         self._prices = Dual(self._ascent, start=0.0)
         self._prices.load_state_dict(state["prices"])
-        self._target, self._lag = state["target"], state["lag"]
+        self._target, self._lead = state["target"], state["lead"]

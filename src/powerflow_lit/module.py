@@ -311,10 +311,9 @@ class PowerFlowModule(OptimizedModule):
         if not self.length_control.is_on:
             return
         alpha = self.alpha_of(refill.prompt_id)
-        mismatch, _ = self.mismatch_and_weight(self._as_sampled(refill), alpha)
-        length = refill.tokens.response_lengths
-        prompts = refill.prompt_index, refill.prompt_id
-        for warning in self.length_control.observe(mismatch, length, *prompts):
+        seen = self.mismatch_and_weight(self._as_sampled(refill), alpha)
+        prompts = refill.tokens.response_lengths, refill.prompt_index, refill.prompt_id
+        for warning in self.length_control.observe(*seen, *prompts):
             self.print(f"warning: {warning}")
             if self.on_warning is not None:
                 self.on_warning(warning)

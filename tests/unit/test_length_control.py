@@ -253,15 +253,17 @@ def test_a_fit_finds_the_price_that_the_policy_has_answered(price: float) -> Non
     inputs = priced(inputs_for(LANGUAGE, logits, BASE, rows=rows, group=6), price)
     of_prompt = 30.0 * torch.arange(10).repeat_interleave(6)  # prompts have a log Z each
     mismatch = tb_traj_mismatch(inputs, alpha=4.0) + of_prompt
-    fit = length_fit(mismatch, LENGTH[rows], inputs.prompt_index)
-    assert fit.excess == pytest.approx(price - answered, abs=1e-9)
+    for weight in (torch.ones(60), 1 / LENGTH[rows] ** 2):
+        fit = length_fit(mismatch, weight, LENGTH[rows], inputs.prompt_index)
+        assert fit.lead == pytest.approx(price - answered, abs=1e-9)
     within = [LENGTH[rows][inputs.prompt_index == i].var() for i in range(10)]
     assert fit.variance == pytest.approx(float(torch.stack(within).mean()), abs=1e-12)
 
 
 def test_rollouts_of_one_length_say_nothing() -> None:
-    fit = length_fit(torch.randn(6), torch.full((6,), 3), torch.tensor([0, 0, 0, 1, 1, 1]))
-    assert (fit.excess, fit.variance) == (0.0, 0.0)
+    length, index = torch.full((6,), 3), torch.tensor([0, 0, 0, 1, 1, 1])
+    fit = length_fit(torch.randn(6), torch.ones(6), length, index)
+    assert (fit.lead, fit.variance) == (0.0, 0.0)
 
 
 # --- search beside training ----------------------------------------------------------------------
@@ -272,14 +274,15 @@ def trained(
 ) -> tuple[list[list[float]], list[Tensor], Tensor]:
     """Tables trained on their own samples, a refill an update, one table a prompt.
 
-    Returns the mean length of each after each update, their log-probs, and the last prices.
+    Returns the mean length of each after each update, their log-probs, and the mean of the last 50
+    prices, which the samples move about.
     """
     tables = [base.clone().requires_grad_() for base in bases]
     optimizer = torch.optim.Adam(tables, lr=0.02)
     generator = torch.Generator().manual_seed(0)
     objective, size = BalanceObjective(tb_traj_mismatch, weight), 128 // len(bases)
     index = torch.arange(len(bases)).repeat_interleave(size)
-    seen = []
+    seen, prices = [], []
     for _ in range(updates):
         parts, rows = [], []
         for table, base in zip(tables, bases, strict=True):
@@ -297,18 +300,20 @@ def trained(
             return replace(inputs, length_price=None if price is None else price.double())
 
         mismatch = tb_traj_mismatch(at_price(), alpha=alpha).detach()
-        assert list(chosen.observe(mismatch, length, index, index)) == []
+        weights = objective.weight(inputs).value
+        assert list(chosen.observe(mismatch, weights, length, index, index)) == []
         inputs = at_price()
+        assert inputs.length_price is not None
+        prices.append(inputs.length_price[::size])
         mismatch = tb_traj_mismatch(inputs, alpha=alpha).detach()
-        log_z = group_log_z(mismatch, objective.weight(inputs).value, index)
+        log_z = group_log_z(mismatch, weights, index)
         optimizer.zero_grad()
         objective(replace(inputs, log_z=log_z), alpha=alpha).loss.backward()
         torch.nn.utils.clip_grad_norm_(tables, 1.0)
         optimizer.step()
         seen.append([mean_length(LANGUAGE.log_probs(t.detach())) for t in tables])
-    prices = chosen.price(torch.arange(len(bases)))
-    assert prices is not None
-    return seen, [LANGUAGE.log_probs(t.detach()) for t in tables], prices
+    ends = [LANGUAGE.log_probs(table.detach()) for table in tables]
+    return seen, ends, torch.stack(prices[-50:]).mean(0)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +338,7 @@ def test_training_ends_at_the_chosen_length_its_exact_price_and_the_tilted_targe
 def test_plain_dual_ascent_runs_past_its_place_and_following_the_policy_does_not() -> None:
     reach = {}
     for follow in (0.0, 0.5):
-        chosen = control(factor=0.8, follow=follow, rate=0.3)
+        chosen = control(factor=0.8, follow=follow, rate=0.3, max_step=0.2)
         seen, _, _ = trained(chosen, ON_POLICY, 4.0, [BASE], updates=300)
         target = chosen.metrics()["length_target"]
         reach[follow] = max(abs(one - target) / target for (one,) in seen[150:])
@@ -371,11 +376,12 @@ def test_a_run_that_goes_on_with_another_length_is_refused_and_an_old_one_had_no
 # --- the state of the search ---------------------------------------------------------------------
 
 
-def refill(seed: int, mean: float = 4.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def refill(seed: int, mean: float = 4.0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     length = (mean + torch.randn(24, generator=generator)).round().clamp(min=1)
     index = torch.arange(6).repeat_interleave(4)
-    return 2.0 * torch.randn(24, generator=generator), length, index, index + 10 * (seed % 2)
+    mismatch = 2.0 * torch.randn(24, generator=generator)
+    return mismatch, torch.ones(24), length, index, index + 10 * (seed % 2)
 
 
 @pytest.mark.parametrize("scope", ["global", "prompt"])
@@ -419,10 +425,9 @@ def test_a_price_keeps_its_bounds_and_its_largest_step_and_says_when_it_is_stuck
 
 
 def test_a_chosen_length_that_responses_cannot_have_is_refused_or_warned_of_at_once() -> None:
+    four = torch.full((24,), 4)
     for factor, shown in ((2.0, "8"), (0.2, "0.8")):
         with pytest.raises(LengthControlError, match=f"is {shown}.*between 1 and rollout"):
-            list(
-                control(factor=factor).observe(*refill(0)[:1], torch.full((24,), 4), *refill(0)[2:])
-            )
+            list(control(factor=factor).observe(*refill(0)[:2], four, *refill(0)[3:]))
     (line,) = control(tokens=6.9).observe(*refill(0))
     assert "6.9 tokens, but the first refill's responses have" in line

@@ -249,7 +249,7 @@ def test_a_price_of_length_is_set_by_each_refill_enters_the_loss_and_is_kept(sco
     torch.testing.assert_close(loss, ((residual / length) ** 2).mean())
     shown = trained.step_metrics
     assert float(shown["length_target"]) == pytest.approx(1.2 * float(length.float().mean()))
-    assert {"length_price", "length_price_lag"} <= shown.keys()
+    assert {"length_price", "length_price_lead"} <= shown.keys()
 
     checkpoint: dict[str, Any] = {}
     trained.on_save_checkpoint(checkpoint)

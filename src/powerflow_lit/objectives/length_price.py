@@ -74,34 +74,46 @@ def solve_length_price(log_weight: Tensor, length: Tensor, *, target: float) -> 
 
 @dataclass(frozen=True)
 class LengthFit:
-    """What a batch of rollouts says about length, within the groups of its prompts."""
+    """What rollouts say about length, within the groups of their prompts."""
 
-    covariance: float  # of residual and |y| within a prompt, nats x tokens
-    variance: float  # of |y| within a prompt, tokens squared
+    covariance: float  # of residual and |y|, weighted, nats x tokens
+    spread: float  # of |y|, weighted, tokens squared
+    variance: float  # of |y| as sampled, tokens squared
 
     @property
-    def excess(self) -> float:
+    def lead(self) -> float:
         """By how much the price lies above the one that the policy has answered, nats per token; 0
         where all rollouts of a prompt are as long, which tells nothing."""
-        return self.covariance / self.variance if self.variance > 0 else 0.0
+        return self.covariance / self.spread if self.spread > 0 else 0.0
 
 
-def length_fit(mismatch: Tensor, length: Tensor, prompt_index: Tensor) -> LengthFit:
+def length_fit(mismatch: Tensor, weight: Tensor, length: Tensor, prompt_index: Tensor) -> LengthFit:
     """How residual and |y| vary together over the rollouts of a prompt, pooled over prompts.
 
-    The policy is at exp(.. - lambda' |y|) for a lambda' of its own, behind or ahead of the price in
-    force. Its residual then grows with |y| by price - lambda' for each token, and a gradient on it
-    shortens responses as long as that is positive. log Z drops out, being one per prompt.
+    A policy that has answered a price lambda' is at p~ exp(-lambda' |y|): its residual grows with
+    |y| by price - lambda' for each token. Elsewhere the slope is that of least squares with the
+    weights of the loss, taken off which the loss moves the mean length no more: its gradient in a
+    table's log-probs is weight * residual. log Z drops out, being one per prompt.
 
     Args:
         mismatch: (N,) nats, residuals without log Z, price included; of the policy that sampled.
+        weight: (N,) of the loss, such as 1 / |y|^2.
         length: (N,) tokens.
         prompt_index: (N,) equal for rollouts of one prompt.
     """
-    length, mismatch = length.double(), mismatch.double()
-    apart = length - group_mean(length, prompt_index)
+    length, mismatch, weight = length.double(), mismatch.double(), weight.double()
+
+    def apart(x: Tensor) -> Tensor:
+        return x - group_mean(weight * x, prompt_index) / group_mean(weight, prompt_index)
+
+    share = weight / weight.sum()
+    plain = length - group_mean(length, prompt_index)
     free = max(len(length) - len(prompt_index.unique()), 1)  # degrees of freedom
-    return LengthFit(float((apart * mismatch).sum()) / free, float((apart**2).sum()) / free)
+    return LengthFit(
+        covariance=float((share * apart(length) * apart(mismatch)).sum()),
+        spread=float((share * apart(length) ** 2).sum()),
+        variance=float((plain**2).sum()) / free,
+    )
 
 
 @dataclass(frozen=True)
