@@ -26,7 +26,7 @@ from powerflow_lit.rollout.metrics import pooled, rollout_metrics
 from powerflow_lit.rollout.rebuilding import RebuildingEngine
 from powerflow_lit.run_engine import EngineFactory, RunEngine
 from powerflow_lit.scoring import LogPOld, Progress, RolloutSettings, Scorer
-from powerflow_lit.staleness import part_with_outlived
+from powerflow_lit.staleness import part_with_outlived, stale_ratios
 from powerflow_lit.tasks.base import Task
 from powerflow_lit.trajectories import (
     own_samples,
@@ -150,7 +150,10 @@ class RolloutDataModule(L.LightningDataModule):
         self._wait_over()
         trajectories = [t for own, _ in shares for t in own]
         trained = self._rewarder.trained(trajectories)
-        self.buffer.add(trained, index)
+        min_ess = self.settings.min_ess
+        with self.clock("score"):
+            ratios = stale_ratios(self.buffer, self._scorer, module) if min_ess else {}
+        self.buffer.add(trained, index)  # nothing after it may be stopped half-way
         self._ahead.used()
         self._trained_from = module.global_step
         if index == 0 or module.length_control.is_on:
@@ -163,10 +166,8 @@ class RolloutDataModule(L.LightningDataModule):
         self.refill_metrics = {**rollout_metrics(own), **scoring}
         if self.settings.base_share:
             self.refill_metrics["rollout/base_share"] = 1 - len(own) / len(trajectories)
-        if min_ess := self.settings.min_ess:
-            with self.clock("score"):
-                found = part_with_outlived(self.buffer, self._scorer, module, min_ess=min_ess)
-            self.refill_metrics |= found
+        if min_ess:
+            self.refill_metrics |= part_with_outlived(self.buffer, ratios, min_ess=min_ess)
 
     def _refill_share(self, index: int) -> tuple[list[Trajectory], dict[str, float]]:
         """This rank's prompts of a refill: their trajectories, scored, and what scoring found."""

@@ -17,7 +17,8 @@ from powerflow_lit.types import TrajectoryBatch
 RAW_RATIOS = {"ess", "is_log_ratio_q05", "is_log_ratio_q50", "is_log_ratio_q95"}
 # what an update's metrics say of the policy, and so of its own samples alone
 OF_THE_POLICY = RAW_RATIOS | {
-    "entropy", "kl_base", "is_weight_mean", "is_weight_min", "is_weight_max", "is_clip_frac",
+    "entropy", "kl_base", "inversion_rate",
+    "is_weight_mean", "is_weight_min", "is_weight_max", "is_clip_frac",
 }  # fmt: skip
 
 

@@ -191,8 +191,12 @@ class Scorer:
                 return {}
             rows = rows[: self.settings.logp_gap_trajectories]
             ours = self._log_probs(module, base, rows)
-        theirs = [torch.tensor(row) for row in engine.score(rows)]
-        gap = self._gap(module, engine, ours, theirs, refill, of="the base's")
+
+        def compared() -> dict[str, float]:
+            theirs = [torch.tensor(row) for row in engine.score(rows)]
+            return self._gap(module, engine, ours, theirs, refill, of="the base's")
+
+        gap = agreed(self.settings.in_step(module.policy), compared)
         return {"selfcheck/base_logp_gap": gap["selfcheck/engine_logp_gap"]}
 
     def policy_log_probs(

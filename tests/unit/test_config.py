@@ -215,6 +215,10 @@ def test_powerflow_has_the_weight_of_eq_10_and_psi_and_others_only_by_definition
         (("rollout.base_share=0.25", "strategy=flowrl"), "with strategy=flowrl: it learns from"),
         (("rollout.base_share=0.25", "strategy=rl_traj"), "with strategy=rl_traj: it learns"),
         (("rollout.base_share=0.25", "strategy=one_shot_em"), "with strategy=one_shot_em: it"),
+        (
+            ("rollout.base_share=0.25", "strategy.objective.weight.epsilon_low=null"),
+            "epsilon_low=null: what the policy has lost would count for nothing",
+        ),
         (("rollout.base_share=0.25", "rollout.overlap=true"), "0.25 with rollout.overlap=true"),
         (("rollout.base_share=0.25", "guard=min_p"), "0.25 with guard.min_p=0.05"),
         (

@@ -48,6 +48,12 @@ def _check_base_share(config: TrainConfig) -> None:
         f"{given} with strategy={strategy.name}: it learns from the policy's own samples alone; "
         "those of another take a balance strategy without rewards, such as powerflow",
     )
+    weight = strategy.objective.get("weight") or {}
+    require(
+        weight.get("kind", "none") == "none" or weight.get("epsilon_low") is not None,
+        f"{given} with strategy.objective.weight.epsilon_low=null: what the policy has lost would "
+        "count for nothing, which base samples are to mend: give epsilon_low, e.g. 0.2",
+    )
     require(
         not rollout.overlap,
         f"{given} with rollout.overlap=true: the engine cannot hold the base's weights while it "
