@@ -221,6 +221,7 @@ def _objective(config: TrainConfig) -> Any:
         trial = _built("strategy.objective", config.strategy.objective)
     except ObjectiveError as error:
         raise ConfigError(f"strategy={config.strategy.name}: {error}") from error
+    alpha: Any = None
     try:
         with torch.no_grad():
             for alpha in _alphas(schedule, config.alpha):  # on two trajectories of two tokens

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from powerflow_lit.models.loading import load_model
@@ -82,6 +83,27 @@ def test_a_prompts_own_limit_ends_its_rows(
     )
     for limit, long, short in zip(limits, whole, cut, strict=True):
         assert [c.token_ids for c in short] == [c.token_ids[:limit] for c in long]
+
+
+def test_a_models_own_ways_of_decoding_have_no_say(
+    engine_and_model: tuple[HfEngine, Any, set[int]],
+) -> None:
+    engine, model, eos = engine_and_model
+    spec = EngineSpec(
+        model, "bent", pad_id=PAD, eos_ids=tuple(eos), max_model_len=64, seed=0,
+        trust_remote_code=False,
+    )  # fmt: skip
+    before, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=2, min_new_tokens=30),
+    )
+    bent = HfEngine(spec, sequences_per_batch=7, tokens_per_microbatch=4096, logit_chunk_mb=1.0)
+    model.generation_config = before
+    bent.sync(policy_weights(model), 0)
+    sampling = Sampling(SAMPLES, LIMIT, seed=SEED, log_probs=0)
+    found = [e.generate(PROMPTS, sampling) for e in (engine, bent)]
+    tokens = [[[c.token_ids for c in group] for group in made] for made in found]
+    assert tokens[0] == tokens[1]
 
 
 def test_a_growing_layer_holds_what_transformers_own_does_through_choices_and_cuts() -> None:

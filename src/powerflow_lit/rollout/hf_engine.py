@@ -92,6 +92,8 @@ class HfEngine:
         logit_chunk_mb: float,
     ) -> None:
         self._model: Any = plain_copy(spec.policy)
+        # a chat model may bring a repetition penalty and the like, by which `generate` would decode
+        self._model.generation_config = GenerationConfig()
         self.dtype = str(spec.policy.dtype).removeprefix("torch.")
         self._pad_id, self._eos_ids = spec.pad_id, spec.eos_ids
         self._sequences_per_batch = sequences_per_batch
