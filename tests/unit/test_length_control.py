@@ -278,7 +278,8 @@ def trained(
     prices, which the samples move about.
     """
     tables = [base.clone().requires_grad_() for base in bases]
-    optimizer = torch.optim.Adam(tables, lr=0.02)
+    optimizer = torch.optim.Adam(tables, lr=0.03)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 - k / updates)
     generator = torch.Generator().manual_seed(0)
     objective, size = BalanceObjective(tb_traj_mismatch, weight), 128 // len(bases)
     index = torch.arange(len(bases)).repeat_interleave(size)
@@ -311,6 +312,7 @@ def trained(
         objective(replace(inputs, log_z=log_z), alpha=alpha).loss.backward()
         torch.nn.utils.clip_grad_norm_(tables, 1.0)
         optimizer.step()
+        decay.step()
         seen.append([mean_length(LANGUAGE.log_probs(t.detach())) for t in tables])
     ends = [LANGUAGE.log_probs(table.detach()) for table in tables]
     return seen, ends, torch.stack(prices[-50:]).mean(0)
