@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
@@ -125,6 +126,7 @@ class AutomaticAlpha:
         scope: Scope,
         patience: int,
     ) -> None:
+        self._asked = alpha_min, alpha_max
         low, high = target.bounds(start, alpha_min, alpha_max)
         self.dual = Dual(
             Ascent(rate, gain, smoothing, math.log(low), math.log(high)), start=math.log(start)
@@ -137,8 +139,9 @@ class AutomaticAlpha:
         self.gap: float | None = None
 
     def __call__(self, alpha: float, progress: float) -> float:
-        """alpha of all prompts now; the arguments are those of a schedule by progress."""
-        return math.exp(self.dual.value)
+        """alpha now, the median where prompts have their own; as of a schedule by progress."""
+        own = self.dual.values
+        return math.exp(median(own) if own else self.dual.value)
 
     def of_prompts(self, prompt_id: Tensor) -> Tensor | None:
         """alpha of each trajectory's prompt, (N,); None where all share one."""
@@ -147,11 +150,11 @@ class AutomaticAlpha:
         alphas = [math.exp(self.dual.value_of(i)) for i in prompt_id.tolist()]
         return torch.tensor(alphas, device=prompt_id.device)
 
-    def step(self, rollouts: FreshRollouts) -> None:
-        """The end of a refill; nothing changes where it had no fresh rollouts."""
+    def step(self, rollouts: FreshRollouts) -> bool:
+        """The end of a refill; nothing changes, and it says so, where none was fresh."""
         whole = rollouts.whole
         if whole.tokens == 0:
-            return
+            return False
         self.first = self.first or whole
         level = self.target.level(self.first)
         self.reached = self.target.measure(whole)
@@ -163,6 +166,7 @@ class AutomaticAlpha:
                 for prompt, sums in rollouts.of_prompt.items()
             }
         self.dual.step(self._push(self.gap), own)
+        return True
 
     def _push(self, gap: float) -> float:
         return self.sign * min(max(gap, -self.largest_gap), self.largest_gap)
@@ -172,13 +176,16 @@ class AutomaticAlpha:
         """Why the target cannot be reached as things are set, in a line; None where it may be."""
         if self.dual.state.at_bound < self.patience or self.first is None:
             return None
-        alpha, high = math.exp(self.dual.value), math.exp(self.dual.ascent.high)
-        key = "alpha_max" if alpha >= high else "alpha_min"
+        alpha, at_top = math.exp(self.dual.value), self.dual.value >= self.dual.ascent.high
+        key, own = ("alpha_max", self._asked[1]) if at_top else ("alpha_min", self._asked[0])
+        remedy = f"or alpha_schedule.{key} further out"
+        if not math.isclose(alpha, own):  # the target's bound, not the user's
+            remedy = "and one that alpha=1 does not overshoot: there only psi moves the policy"
         return (
             f"{self.target.said(self.target.level(self.first))}: the rollouts are at "
             f"{self.reached:.4g}, and alpha has stood at its bound {alpha:.4g} for "
             f"{self.dual.state.at_bound} refills: the target is out of reach unless the policy is "
-            f"still on its way; set another, more refills, or alpha_schedule.{key} further out"
+            f"still on its way; set another, more refills, {remedy}"
         )
 
     @property

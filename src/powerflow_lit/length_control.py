@@ -105,7 +105,7 @@ class ChosenLength(LengthControl):
         # the move is made up here, so that the state only adds and bounds it
         self._ascent = Ascent(rate=1.0, gain=0.0, smoothing=0.0, low=low, high=high)
         self._prices: Dual | None = None  # None before the first refill
-        self._target = float("nan")
+        self._first = self._target = float("nan")  # tokens: the first refill's mean, the chosen
         self._lead = 0.0
 
     def price(self, prompt_id: Tensor) -> Tensor | None:
@@ -129,11 +129,16 @@ class ChosenLength(LengthControl):
         Raises:
             LengthControlError: the chosen length is none that responses can have.
         """
-        mismatch, weight, length = mismatch.cpu(), weight.cpu(), length.cpu().double()
-        prompt_index, prompt_id = prompt_index.cpu(), prompt_id.cpu()
+        usable = (mismatch.isfinite() & weight.isfinite()).cpu()  # a NaN would stay in the price
+        mismatch, weight, length, prompt_index, prompt_id = (
+            x.cpu()[usable] for x in (mismatch, weight, length.double(), prompt_index, prompt_id)
+        )
+        if not len(length):
+            return
         fit = length_fit(mismatch, weight, length, prompt_index)
         if self._prices is None:
-            self._target = self._chosen(float(length.mean()))
+            self._first = float(length.mean())
+            self._target = self._chosen(self._first)
             yield from self._out_of_reach(length)
             start = min(max(-fit.lead, self._ascent.low), self._ascent.high)
             self._prices = Dual(self._ascent, start=start)
@@ -197,11 +202,13 @@ class ChosenLength(LengthControl):
     def state_dict(self) -> dict[str, Any]:
         if self._prices is None:
             return {}
-        return {"prices": self._prices.state_dict(), "target": self._target, "lead": self._lead}
+        prices = self._prices.state_dict()
+        return {"prices": prices, "first": self._first, "lead": self._lead}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not state:
             return
         self._prices = Dual(self._ascent, start=0.0)
         self._prices.load_state_dict(state["prices"])
-        self._target, self._lead = state["target"], state["lead"]
+        self._first, self._lead = state["first"], state["lead"]
+        self._target = self._chosen(self._first)  # another one, if the resume was forced to it

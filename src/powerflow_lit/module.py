@@ -156,12 +156,16 @@ class PowerFlowModule(OptimizedModule):
         own = None if self.automatic is None else self.automatic.of_prompts(prompt_id)
         return self.alpha if own is None else pulled(own, self.alpha_pull)
 
-    def end_refill(self) -> None:
-        """Let alpha learn from the refill's fresh rollouts, unless a monitor holds it back: then
-        it would only wind up against the pull."""
-        if self.automatic is not None and self.alpha_pull == 1:
-            self.automatic.step(self.fresh)
+    def end_refill(self) -> bool:
+        """Let alpha learn from the refill's fresh rollouts; whether it did.
+
+        It does not while a monitor pulls it or log Z's head warms up before the policy moves: then
+        it would only wind up.
+        """
+        learns = self.alpha_pull == 1 and self.global_step >= self.log_z.warmup_steps
+        did = learns and self.automatic is not None and self.automatic.step(self.fresh)
         self.fresh.clear()
+        return did
 
     # --- the method -----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What is steered by a refill's own rollouts learns from them at the refill's end."""
+"""alpha learns from a refill's own rollouts at the refill's end, where a target steers it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Steering(Callback):
         assert isinstance(pl_module, PowerFlowModule)
         if pl_module.automatic is None:
             return
-        pl_module.end_refill()
+        if not pl_module.end_refill():
+            return
         refill = trainer.current_epoch + 1
         metrics = {f"train/{name}": value for name, value in pl_module.automatic.metrics.items()}
         log(trainer, metrics, step=trainer.global_step, refill=refill)
