@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from powerflow_lit.enumerable import (
+from powerflow_lit.enumerable import Language
+from powerflow_lit.enumerable_training import (
     FlowTable,
-    Language,
     Objective,
     Recipe,
     Step,

@@ -22,17 +22,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from powerflow_lit.enumerable import (
+from powerflow_lit.enumerable import Language, total_variation
+from powerflow_lit.enumerable_training import (
     Batch,
     Frozen,
-    Language,
     LearnedScalar,
     Objective,
     Recipe,
     Step,
     inputs_for,
     own_samples,
-    total_variation,
     training,
 )
 from powerflow_lit.objectives import (

@@ -27,14 +27,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from powerflow_lit.enumerable import (
-    Language,
-    LearnedScalar,
-    Recipe,
-    own_samples,
-    total_variation,
-    training,
-)
+from powerflow_lit.enumerable import Language, total_variation
+from powerflow_lit.enumerable_training import LearnedScalar, Recipe, own_samples, training
 from powerflow_lit.objectives import BalanceObjective, ImportanceWeight, la_tb_mismatch
 from powerflow_lit.reporting.grouping import COLOURS
 from powerflow_lit.run_folder import git_commit, versions

@@ -24,16 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from powerflow_lit.enumerable import (
+from powerflow_lit.enumerable import Language, exact_inversion_rate, kl, total_variation
+from powerflow_lit.enumerable_training import (
     FlowTable,
-    Language,
     LearnedScalar,
     Recipe,
-    exact_inversion_rate,
     inputs_for,
-    kl,
     own_samples,
-    total_variation,
     training,
 )
 from powerflow_lit.objectives import (

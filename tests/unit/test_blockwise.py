@@ -13,13 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from powerflow_lit.enumerable import (
-    FlowTable,
-    Language,
-    Recipe,
-    inputs_for,
-    total_variation,
-)
+from powerflow_lit.enumerable import Language, total_variation
+from powerflow_lit.enumerable_training import FlowTable, Recipe, inputs_for
 from powerflow_lit.objectives import (
     BalanceObjective,
     BlockVariance,

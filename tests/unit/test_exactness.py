@@ -14,15 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from powerflow_lit.enumerable import (
+from powerflow_lit.enumerable import Language, total_variation
+from powerflow_lit.enumerable_training import (
     ClosedForm,
     Frozen,
-    Language,
     LearnedScalar,
     Objective,
     Recipe,
     inputs_for,
-    total_variation,
 )
 from powerflow_lit.objectives import (
     BalanceObjective,

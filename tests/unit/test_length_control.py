@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from powerflow_lit.enumerable import Language, inputs_for, total_variation
+from powerflow_lit.enumerable import Language, total_variation
+from powerflow_lit.enumerable_training import inputs_for
 from powerflow_lit.length_control import ChosenLength, LengthControlError
 from powerflow_lit.objectives import (
     BalanceObjective,

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from powerflow_lit.enumerable import Language, Recipe, total_variation
+from powerflow_lit.enumerable import Language, total_variation
+from powerflow_lit.enumerable_training import Recipe
 from powerflow_lit.log_z import (
     EmaLogZ,
     FixedLogZ,

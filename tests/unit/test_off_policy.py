@@ -14,14 +14,8 @@ import torch
 from torch import Tensor
 
 from powerflow_lit.clock import PhaseClock
-from powerflow_lit.enumerable import (
-    Language,
-    LearnedScalar,
-    Recipe,
-    own_samples,
-    total_variation,
-    training,
-)
+from powerflow_lit.enumerable import Language, total_variation
+from powerflow_lit.enumerable_training import LearnedScalar, Recipe, own_samples, training
 from powerflow_lit.log_z import FixedLogZ
 from powerflow_lit.models.base import AdapterOffBase, CopiedBase
 from powerflow_lit.models.embedded import folder_of

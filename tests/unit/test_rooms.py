@@ -73,6 +73,8 @@ FORBIDDEN = {
     "flow.py": {"hydra", "omegaconf", "config", "lightning", "rollout", "tasks", "module",
                 "datamodule"},
     "enumerable.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
+                      "rollout", "tasks", "metrics", "objectives", "module", "datamodule", "log_z"},
+    "enumerable_training.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config", "models",
                       "rollout", "tasks", "metrics", "module", "datamodule", "log_z"},
     "monitor.py": {"hydra", "omegaconf", "config"},
     "length_control.py": {"lightning", "hydra", "omegaconf", "transformers", "vllm", "config",

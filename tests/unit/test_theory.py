@@ -13,13 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from powerflow_lit.enumerable import (
-    Language,
-    exact_inversion_rate,
-    inputs_for,
-    kl,
-    total_variation,
-)
+from powerflow_lit.enumerable import Language, exact_inversion_rate, kl, total_variation
+from powerflow_lit.enumerable_training import inputs_for
 from powerflow_lit.metrics.inversion import inversion_rate
 from powerflow_lit.objectives import la_tb, tb_traj
 
