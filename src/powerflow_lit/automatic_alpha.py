@@ -101,7 +101,7 @@ class AutomaticAlpha:
         target: what the policy is held to.
         start: alpha of the first refill.
         rate, gain, smoothing: of log alpha by the relative gap, see `dual.Ascent`.
-        largest_gap: what a relative gap counts at most, either way.
+        largest_gap: what a smoothed relative gap counts at most, either way.
         alpha_min, alpha_max: bounds of alpha.
         scope: `global`, or `prompt`: each prompt aims at the target by itself (for small, repeating
             prompt sets); one that no refill has held yet takes the alpha of all.
@@ -129,10 +129,10 @@ class AutomaticAlpha:
         self._asked = alpha_min, alpha_max
         low, high = target.bounds(start, alpha_min, alpha_max)
         self.dual = Dual(
-            Ascent(rate, gain, smoothing, math.log(low), math.log(high)), start=math.log(start)
+            Ascent(rate, gain, smoothing, math.log(low), math.log(high), largest_gap),
+            start=math.log(start),
         )
         self.target, self.scope, self.patience = target, scope, patience
-        self.largest_gap = largest_gap
         self.sign = target.sign(start)
         self.first: Sums | None = None  # of the first refill
         self.reached: float | None = None
@@ -169,7 +169,9 @@ class AutomaticAlpha:
         return True
 
     def _push(self, gap: float) -> float:
-        return self.sign * min(max(gap, -self.largest_gap), self.largest_gap)
+        """A refill's gap as the multiplier takes it: 1 at most, as where nothing is reached yet,
+        so that one strange rollout does not count for many refills."""
+        return self.sign * min(max(gap, -1.0), 1.0)
 
     @property
     def out_of_reach(self) -> str | None:

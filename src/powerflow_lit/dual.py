@@ -8,6 +8,7 @@ the gap is there, and is gone with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ class Ascent:
         gain: of the present gap, beside the sum.
         smoothing: share of the old gap in the present one, in [0, 1).
         low, high: bounds of the multiplier; -inf and inf for none.
+        largest: what a smoothed gap counts at most, either way; inf for all of it.
     """
 
     rate: float
@@ -29,6 +31,7 @@ class Ascent:
     smoothing: float
     low: float
     high: float
+    largest: float = math.inf
 
     def step(self, state: State, gap: float) -> State:
         """The state after a refill with this gap; a positive one raises the multiplier.
@@ -37,7 +40,7 @@ class Ascent:
         """
         if state.gap is not None:
             gap = self.smoothing * state.gap + (1 - self.smoothing) * gap
-        total, now = state.total + self.rate * gap, self.gain * gap
+        total, now = state.total + self.rate * self._cut(gap), self.gain * self._cut(gap)
         if gap > 0 and total + now > self.high:
             total = max(state.total, min(total, self.high - now))
         elif gap < 0 and total + now < self.low:
@@ -49,8 +52,11 @@ class Ascent:
 
     def value(self, state: State) -> float:
         """The multiplier, within its bounds."""
-        now = 0.0 if state.gap is None else self.gain * state.gap
+        now = 0.0 if state.gap is None else self.gain * self._cut(state.gap)
         return min(max(state.total + now, self.low), self.high)
+
+    def _cut(self, gap: float) -> float:
+        return min(max(gap, -self.largest), self.largest)
 
 
 @dataclass(frozen=True)

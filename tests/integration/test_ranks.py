@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from powerflow_lit.automatic_alpha import AutomaticAlpha, EntropyRatio
 from powerflow_lit.flow import FlowHead
 from powerflow_lit.log_z import EmaLogZ, GroupLogZ, GroupLooLogZ
 from powerflow_lit.module import PowerFlowModule
@@ -25,6 +26,7 @@ from powerflow_lit.types import TrajectoryBatch
 from tests.commands import command, environment
 from tests.faults.faulty import NanObjective
 from tests.two_ranks import as_torchrun_starts, on_ranks
+from tests.unit.test_automatic_alpha import automatic
 from tests.unit.test_module import EQ_10, NO_WEIGHT, batch, head, module
 
 # --- the gradient -------------------------------------------------------------------------------
@@ -51,6 +53,10 @@ def blocks(size: int) -> BalanceObjective:
     return BalanceObjective(la_tb_mismatch, NO_WEIGHT, BlockVariance(size))
 
 
+def by_prompt() -> AutomaticAlpha:
+    return automatic(EntropyRatio(ratio=0.9), scope="prompt")
+
+
 CASES: dict[str, dict[str, Any]] = {
     "head": {"log_z": head},
     "head into the trunk": {"log_z": lambda: head(detach=False, pool="last")},
@@ -68,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": lambda: blocks(50),
         "flow": lambda: FlowHead(width=16, detach=True),
     },
+    "an alpha for each prompt": {"log_z": GroupLogZ, "alpha_schedule": by_prompt},
 }
 
 
@@ -92,7 +99,7 @@ def made(case: str) -> PowerFlowModule:
 
 
 def two_updates(case: str, *, wrapped: bool) -> dict[str, Any]:
-    """Gradients and metrics of the second update; a running log Z has learnt from the first."""
+    """Gradients and metrics of the second update; running log Z and alpha learnt from the first."""
     trained, data = made(case), ragged()
     step: nn.Module = Step(trained)
     reduced: list[int] = []
@@ -103,11 +110,13 @@ def two_updates(case: str, *, wrapped: bool) -> dict[str, Any]:
         reduced.clear()
         step.zero_grad()
         step(data).backward()
+        trained.end_refill()
+    learnt = {} if trained.automatic is None else trained.automatic.metrics
     return {
         "gradient": {
             n: p.grad.clone() for n, p in trained.named_parameters() if p.grad is not None
         },
-        "metrics": {name: float(value) for name, value in trained.step_metrics.items()},
+        "metrics": {name: float(x) for name, x in {**trained.step_metrics, **learnt}.items()},
         "reduced": sum(reduced),
         "trained": sum(p.numel() for p in trained.parameters()),
     }

@@ -85,6 +85,22 @@ def test_smoothing_is_a_moving_average_that_begins_with_the_first_gap() -> None:
     assert dual.value == 4.0 + 3.0
 
 
+def test_a_gap_is_cut_after_it_was_smoothed_so_that_skewed_noise_leaves_no_bias() -> None:
+    """Nine gaps of 0.1 and one of -0.9 have mean 0; each cut at 0.2 alone they would not."""
+    dual = Dual(ascent(rate=0.1, smoothing=0.95, largest=0.2), start=0.0)
+    for _ in range(400):
+        for gap in [0.1] * 9 + [-0.9]:
+            dual.step(gap)
+    drift = dual.value
+    for _ in range(100):
+        for gap in [0.1] * 9 + [-0.9]:
+            dual.step(gap)
+    assert dual.value == pytest.approx(drift, abs=1e-6)
+    far = Dual(ascent(rate=0.1, gain=1.0, largest=0.2), start=0.0)
+    far.step(5.0)
+    assert far.value == pytest.approx(0.1 * 0.2 + 0.2)
+
+
 def test_a_prompt_begins_where_all_stood_and_then_goes_its_own_way() -> None:
     dual = Dual(ascent(rate=1.0), start=0.0)
     dual.step(0.5, {7: 1.0, 8: 0.0})
