@@ -135,7 +135,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set(title=f"base {base}", xlabel="update", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("total variation to the target")
-    axes[-1].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
