@@ -7,27 +7,16 @@ from pathlib import Path
 from statistics import mean, median, quantiles, stdev
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from PIL import Image
+
+from powerflow_lit.reporting.figures import STYLE, save
 
 Row = Mapping[str, Any]
 KINDS = ("plain", "rare end")
 BLOCKS = (1, 2, 4, 8)  # tokens; the last is LA-TB itself
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "legend.fontsize": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-BLUE, SKY, RED, ORANGE, GREEN, BLACK = (
-    "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#000000",
+BLUE, RED, ORANGE, GREEN, BLACK = (
+    "#0072B2", "#D55E00", "#E69F00", "#009E73", "#000000",
 )  # fmt: skip
 
 
@@ -55,15 +44,8 @@ def band(
 
 def draw(targets: Sequence[Row], blocks: Sequence[Row], folder: Path) -> None:
     with plt.rc_context(STYLE):
-        for name, figure in (
-            ("targets", targets_figure(targets)),
-            ("blocks", blocks_figure(blocks)),
-        ):
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=150)
-            plt.close(figure)
-            with Image.open(path) as image:  # 256 colours are plenty and a third of the size
-                image.convert("RGB").quantize(256).save(path, optimize=True)
+        save(targets_figure(targets), folder / "targets.png", dpi=110)
+        save(blocks_figure(blocks), folder / "blocks.png", dpi=110)
 
 
 def targets_figure(rows: Sequence[Row]) -> plt.Figure:
