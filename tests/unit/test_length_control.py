@@ -407,6 +407,37 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been(scope: str) -> Non
     assert len(expected.unique()) == (1 if scope == "global" else 13)  # 12 seen, and all others
 
 
+def test_the_first_price_undoes_what_the_residual_says_of_the_length() -> None:
+    _, weight, length, index, ids = refill(0)
+    chosen = control(factor=1.0, max_step=5.0)
+    list(chosen.observe(1.5 * length, weight, length, index, ids))  # as alpha=4, b=-0.5 make it
+    found = chosen.metrics()
+    assert found["length_price"] == pytest.approx(-1.5, abs=1e-6)
+    assert found["length_price_lead"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_resume_that_is_forced_to_another_length_aims_at_it() -> None:
+    before = control(factor=1.0)
+    list(before.observe(*refill(0)))
+    after = control(factor=0.5)
+    after.load_state_dict(before.state_dict())
+    assert after.metrics()["length_target"] == pytest.approx(
+        0.5 * before.metrics()["length_target"]
+    )
+
+
+def test_a_residual_that_is_no_number_never_reaches_the_price() -> None:
+    mismatch, *rest = refill(0)
+    chosen, other = control(max_step=5.0), control(max_step=5.0)
+    mismatch[3] = float("nan")
+    list(chosen.observe(mismatch, *rest))
+    kept = torch.arange(24) != 3
+    list(other.observe(mismatch[kept], *(x[kept] for x in rest)))
+    assert chosen.metrics() == other.metrics()
+    list(chosen.observe(torch.full((24,), float("nan")), *rest))
+    assert chosen.metrics() == other.metrics()
+
+
 def test_there_is_no_price_before_the_first_refill_and_none_of_a_run_without() -> None:
     chosen = control()
     chosen.load_state_dict({})
