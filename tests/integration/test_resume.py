@@ -33,6 +33,31 @@ def test_two_and_two_refills_equal_four_bit_by_bit(tmp_path: Path, engine: str) 
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
+LENGTH = ("strategy=powerflow_length", "length_control=target", "rollout=hf")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("length_control.scope=prompt", "buffer.max_staleness=1", "buffer.prompts_per_update=3"),
+        pytest.param(("rollout.overlap=true", "log_z=group"), marks=pytest.mark.faults),
+    ],
+    ids=["prompt", "overlap"],
+)
+def test_a_resumed_run_goes_on_with_its_price_of_length(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    settings = (*QUICK, *LENGTH, *settings)
+    finish(tmp_path, *settings, "run_dir=whole")
+    killed_at(tmp_path, "refill   2/4", *settings, "run_dir=halves")
+    finish(tmp_path, "resume=halves")
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    rows = rows_of(tmp_path / "whole" / "metrics.csv")
+    prices = [r["train/length_price"] for r in rows if r["train/length_price"]]
+    assert len(set(prices)) == 4  # one for each refill
+    assert len({r["train/length_target"] for r in rows} - {""}) == 1
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     "chosen",

@@ -139,13 +139,18 @@ def test_powerflow_has_the_weight_of_eq_10_and_psi_and_others_only_by_definition
     assert powerflow.objective["weight"] | {"_target_": ""} == {
         "_target_": "", "kind": "seq_sum", "epsilon_low": 0.3, "epsilon_high": 0.3,
     }  # fmt: skip
-    for strategy in set(choices("strategy")) - {"powerflow", "format_only"}:
+    for strategy in set(choices("strategy")) - {"powerflow", "format_only", "powerflow_length"}:
         other = checked(f"strategy={strategy}").strategy
         assert other.format_penalty == 0
         kind = other.objective.get("weight", {}).get("kind", "none")
         assert kind == ("seq_sum" if strategy.startswith("flowrl") else "none")
     ablation = checked("strategy=format_only").strategy
     assert (ablation.format_penalty, ablation.objective["weight"]["kind"]) == (-0.5, "seq_sum")
+    chosen = checked(*LENGTH).strategy
+    assert (chosen.format_penalty, chosen.objective["weight"]["weight"]["kind"]) == (
+        -0.5,
+        "seq_sum",
+    )
     paper, released = (checked(f"strategy={s}").strategy for s in ("flowrl", "flowrl_unclipped"))
     assert paper.objective["weight"]["epsilon_high"] == 0.2
     assert released.objective["weight"]["epsilon_high"] is None
