@@ -36,7 +36,6 @@ from powerflow_lit.types import Sampling, TrajectoryBatch
 from tests.unit.test_module import EQ_10, NO_WEIGHT, batch, module, unkept
 from tests.unit.test_rebuilding import one_thread  # noqa: F401 - autouse
 
-
 # --- the effective sample size and what it drops -------------------------------------------------
 
 
