@@ -19,7 +19,7 @@ from powerflow_lit.rollout.engine import EngineSpec
 from powerflow_lit.rollout.hf_engine import HfEngine
 from powerflow_lit.types import Sampling
 from tests.faults.runs import assert_same_run, last_checkpoint, rows_of
-from tests.integration.test_overlap import one_thread, trained  # noqa: F401 - autouse
+from tests.integration.test_overlap import SMALL, one_thread, trained  # noqa: F401 - autouse
 from tests.two_ranks import as_torchrun_starts
 
 SHARE = ("rollout.base_share=0.5", "refills=3")  # 2 of 4 rollouts, once the policy has moved
@@ -29,10 +29,9 @@ STALE = ("buffer.max_staleness=2", "buffer.prompts_per_update=4", "buffer.min_es
 @pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.slow)])
 def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed") / "run"
-    engine = [f"rollout={request.param}"]
-    if request.param == "vllm":
-        engine.append("~rollout.engine.sequences_per_batch")
-    return trained(folder, *SHARE, *engine)
+    if request.param == "hf":
+        return trained(folder, *SHARE)
+    return trained(folder, *SHARE, small=tuple(s for s in SMALL if "rollout" not in s))
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def trained(folder: Path, *overrides: str) -> Path:
-    typed = [*SMALL, f"run_dir={folder}", *overrides]
+def trained(folder: Path, *overrides: str, small: tuple[str, ...] = SMALL) -> Path:
+    typed = [*small, f"run_dir={folder}", *overrides]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = train_config(compose("train", overrides=typed))
     run(config, folder, typed)

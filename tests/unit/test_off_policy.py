@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,15 +28,7 @@ from powerflow_lit.rollout.hf_engine import HfEngine
 from powerflow_lit.run_engine import RunEngine
 from powerflow_lit.types import Sampling, TrajectoryBatch
 from tests.unit.test_module import EQ_10, NO_WEIGHT, batch, module, unkept
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+from tests.unit.test_rebuilding import one_thread  # noqa: F401 - autouse
 
 # --- the effective sample size and what it drops -------------------------------------------------
 
