@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ TRAINED_BASES = (1, 3)
 LOOKS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RATES = (0.02, 0.1)  # policy; log Z' and log V
 UNWEIGHTED = ImportanceWeight("none", None, None)
+KEYS = ("kind", "alpha", "bases")  # of a row of targets.csv
 Row = dict[str, Any]
 
 
@@ -99,6 +101,23 @@ def targets_of(language: Language, kind: str, seed: int) -> Iterator[Row]:
             "tv_tempered_la_tb": total_variation(tempered, target),
             "tv_power_la_tb": total_variation(power, target),
         }
+
+
+def summarised(rows: Sequence[Row]) -> list[Row]:
+    """Quartiles over the bases for each kind and alpha; all rows would be a megabyte."""
+    found: list[Row] = []
+    for kind in KINDS:
+        for alpha in ALPHAS:
+            of = [r for r in rows if r["kind"] == kind and r["alpha"] == alpha]
+            row: Row = {"kind": kind, "alpha": alpha, "bases": len(of)}
+            row["lengthened"] = mean(r["length_la_tb"] > r["length_base"] for r in of)
+            row["mode_is_best"] = mean(r["mode_is_best"] for r in of)
+            for name in of[0].keys() - {"kind", "base", "alpha", "mode_is_best"}:
+                values = torch.tensor([r[name] for r in of], dtype=torch.float64)
+                for share, label in ((0.25, "q25"), (0.5, "median"), (0.75, "q75")):
+                    row[f"{name}_{label}"] = float(values.quantile(share))
+            found.append(dict(sorted(row.items(), key=lambda item: (item[0] not in KEYS, item[0]))))
+    return found
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -166,14 +185,14 @@ def noise_of(
     each = torch.zeros(len(language), *logits.shape, dtype=torch.float64)
     each = each.index_put((rows, language.prefix), by_logit, accumulate=True).flatten(1)
     chances = language.log_probs(logits).exp()
-    mean = chances @ each
+    average = chances @ each
     return {
         "base": base_seed,
         "alpha": alpha,
         "block_size": block_size,
         "flow": flow_at,
         "at": at,
-        "noise": float(chances @ (each - mean).square().sum(1)) / float(mean.square().sum()),
+        "noise": float(chances @ (each - average).square().sum(1)) / float(average.square().sum()),
     }
 
 
@@ -235,7 +254,7 @@ def main() -> None:
     ]))  # fmt: skip
     wall = time.perf_counter() - start
 
-    write_rows(targets, options.output / "targets.csv")
+    write_rows(summarised(targets), options.output / "targets.csv")
     write_rows(blocks, options.output / "blocks.csv")
     write_rows(noise, options.output / "noise.csv")
     about = {
