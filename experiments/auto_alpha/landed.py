@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -38,8 +39,8 @@ def landing(run: Path) -> tuple[str, dict[str, float]]:
         "reached": statistics.mean(reached[-LAST:]),
         "off": 100 * (statistics.mean(reached[-LAST:]) / level - 1),
         "alpha": statistics.mean(alphas[-LAST:]),
-        "settled": last_outside(within) + 1,
-        "headline": final.get("val/pass@1", final.get("val/quality", float("nan"))),
+        "settled": math.nan if not within[-1] else last_outside(within) + 1,
+        "headline": final.get("val/pass@1", final.get("val/quality", math.nan)),
     }
 
 
@@ -70,6 +71,7 @@ def main() -> None:
                 ("settled", ".0f"), ("headline", ".3f"),
             )
         ]  # fmt: skip
+        shown[4] = shown[4].replace("nan", "not yet")
         shown[2] = shown[2].replace(" /", "% /") + "%"
         print(f"| {aim} | " + " | ".join(shown) + " |")
 
