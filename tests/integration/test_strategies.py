@@ -34,10 +34,11 @@ STRATEGIES = sorted(path.stem for path in Path(conf_dir(), "strategy").glob("*.y
 RIVALS = ("grpo", "dr_grpo", "intuitor", "empo", "ttrl", "one_shot_em", "flowrl",
           "flowrl_unclipped", "format_only")  # fmt: skip
 SUPERVISED = ("grpo", "dr_grpo", "flowrl", "flowrl_unclipped")
-BALANCE = ("powerflow", "la_tb", "la_tb_blocks", "tb_traj", "tb_token", "tb_token_per_token",
-           "format_only", "flowrl", "flowrl_unclipped")  # fmt: skip
+BALANCE = ("powerflow", "powerflow_length", "la_tb", "la_tb_blocks", "tb_traj", "tb_token",
+           "tb_token_per_token", "format_only", "flowrl", "flowrl_unclipped")  # fmt: skip
 REWARDED = ("grpo", "dr_grpo", "intuitor", "empo", "ttrl")
 HERE = "tests.integration.test_strategies"
+ASKS_FOR = {"powerflow_length": ["length_control=target"]}
 
 
 class TouchedError(AssertionError):
@@ -71,6 +72,7 @@ class Wrong(Arithmetic):
 @cache
 def config(strategy: str, *more: str, task: str | None = None) -> TrainConfig:
     own = [f"task.build._target_={HERE}.{task}"] if task else []
+    own += ASKS_FOR.get(strategy, [])
     few = ["rollout.prompts_per_refill=4", "rollout.samples_per_prompt=4", "refills=1",
            "rollout.max_new_tokens=32", "model.threads=1", "optimizer.lr=1e-3",
            "task.build.train_size=16", "task.build.eval_size=2"]  # fmt: skip
