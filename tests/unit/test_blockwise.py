@@ -213,8 +213,8 @@ def test_trained_on_all_strings_policy_log_z_and_flow_end_at_their_exact_values(
     torch.testing.assert_close(flow.table.detach()[used], exact[used], atol=0.02, rtol=0.0)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 2.0])
-def test_trained_on_own_samples_it_ends_at_la_tbs_target(alpha: float) -> None:
+def test_trained_on_own_samples_it_ends_at_la_tbs_target() -> None:
+    alpha = 2.0
     log_p, log_z = LANGUAGE.length_averaged_target(BASE, alpha)
     flow = FlowTable(LANGUAGE, 2)
     recipe = Recipe(steps=1000, lr=0.02, lr_z=0.1)
