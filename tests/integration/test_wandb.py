@@ -27,7 +27,8 @@ METRICS = sorted(
         for panels in [*CONFIG.sections.values(), CONFIG.report.panels]
         for metrics in panels.values()
         for metric in metrics
-        if not metric.startswith("rollout/reward_")  # of strategies with a reward: test_rewards.py
+        # of runs with a reward (test_rewards.py), a target for alpha or a chosen length
+        if not metric.startswith(("rollout/reward_", "train/alpha_gap", "train/length_price"))
     }
 )
 
