@@ -122,6 +122,7 @@ def test_a_kl_budget_ends_at_the_alpha_on_its_side_whose_target_spends_it(
     assert settled(schedule, 100) == pytest.approx(alpha_of_kl(budget, per, side), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trained_policy_that_lags_behind_ends_on_its_target_too() -> None:
     """Adam on own samples, ten updates a refill: value and alpha are those of enumeration."""
     schedule = automatic(EntropyRatio(ratio=0.7), rate=0.5, gain=2.0, smoothing=0.5)

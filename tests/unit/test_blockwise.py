@@ -195,7 +195,13 @@ def test_psi_spread_over_the_tokens_leaves_no_flow_that_fits() -> None:
     assert len(PSI[longer].unique()) == 2
 
 
-@pytest.mark.parametrize(("alpha", "block_size"), [(0.5, 2), (2.0, 1), (2.0, 3), (4.0, 2)])
+@pytest.mark.parametrize(
+    ("alpha", "block_size"),
+    [
+        (0.5, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2.0, 1), (2.0, 3), (4.0, 2)]),
+    ],
+)
 def test_trained_on_all_strings_policy_log_z_and_flow_end_at_their_exact_values(
     alpha: float, block_size: int
 ) -> None:
@@ -213,6 +219,7 @@ def test_trained_on_all_strings_policy_log_z_and_flow_end_at_their_exact_values(
     torch.testing.assert_close(flow.table.detach()[used], exact[used], atol=0.02, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_trained_on_own_samples_it_ends_at_la_tbs_target() -> None:
     alpha = 2.0
     log_p, log_z = LANGUAGE.length_averaged_target(BASE, alpha)
