@@ -152,7 +152,7 @@ class RolloutDataModule(L.LightningDataModule):
         trained = self._rewarder.trained(trajectories)
         min_ess = self.settings.min_ess
         with self.clock("score"):
-            ratios = stale_ratios(self.buffer, self._scorer, module) if min_ess else {}
+            ratios = stale_ratios(self.buffer, self._scorer, module, index) if min_ess else {}
         self.buffer.add(trained, index)  # nothing after it may be stopped half-way
         self._ahead.used()
         self._trained_from = module.global_step

@@ -17,25 +17,26 @@ from powerflow_lit.types import Trajectory
 
 
 def stale_ratios(
-    buffer: ReplayBuffer, scorer: Scorer, module: PowerFlowModule
+    buffer: ReplayBuffer, scorer: Scorer, module: PowerFlowModule, refill: int
 ) -> dict[int, Tensor]:
-    """Log-ratios of the policy's own samples that a buffer holds, by refill, (N,) nats each.
+    """Log-ratios of the policy's own samples that will be held beside a coming refill, by refill,
+    (N,) nats each.
 
     For the policy as it is now, from one pass over what is older: each rank scores its share. A
     stop may come in that pass, so it is made before the buffer takes the next refill: a checkpoint
     never holds one whose stale ones were not looked at.
     """
-    held = own_samples(buffer)
-    is_stale = torch.tensor(
-        [t.policy_version != module.global_step for t in held], dtype=torch.bool
-    )
-    stale = [t for t, old in zip(held, is_stale.tolist(), strict=True) if old]
-    every = torch.zeros(len(held), dtype=torch.float64)  # of what the policy itself has sampled
+    groups = {old: own_samples(held) for old, held in buffer.held_beside(refill).items()}
+    every = [t for group in groups.values() for t in group]
+    is_old = [t.policy_version != module.global_step for t in every]
+    stale = [t for t, older in zip(every, is_old, strict=True) if older]
+    ratios = torch.zeros(len(every), dtype=torch.float64)  # of what the policy itself has sampled
     if stale:
         mine = stale[ranks.share(len(stale))]
-        every[is_stale] = torch.cat(ranks.gathered(lambda: log_ratios(scorer, module, mine)))
-    sizes = [len(own_samples(group)) for group in buffer.refills.values()]
-    return dict(zip(buffer.refills, every.split(sizes), strict=True))
+        found = ranks.gathered(lambda: log_ratios(scorer, module, mine))
+        ratios[torch.tensor(is_old)] = torch.cat(found)
+    sizes = [len(group) for group in groups.values()]
+    return dict(zip(groups, ratios.split(sizes), strict=True))
 
 
 def part_with_outlived(
@@ -46,14 +47,13 @@ def part_with_outlived(
     Samples of the base have no part in the share, and leave with their groups.
 
     Args:
-        ratios: `stale_ratios` of what was held before the newest refill, which is the policy's own.
+        ratios: `stale_ratios` beside the newest refill, which is the policy's own.
 
     Returns:
         `rollout/stale_dropped`, trajectories; `rollout/ess`, of what is left.
     """
     newest = torch.zeros(len(own_samples(buffer.newest)), dtype=torch.float64)
     held = {**ratios, buffer.refill: newest}
-    held = {refill: held[refill] for refill in buffer.refills}  # without what became too stale
     dropped = buffer.drop(outlived(held, min_ess))
     left = torch.cat([held[refill] for refill in buffer.refills])
     return {"rollout/stale_dropped": float(dropped), "rollout/ess": float(effective_share(left))}

@@ -224,6 +224,14 @@ def test_powerflow_has_the_weight_of_eq_10_and_psi_and_others_only_by_definition
             ("rollout.base_share=0.25", "strategy.objective.weight.epsilon_low=null"),
             "epsilon_low=null: what the policy has lost would count for nothing",
         ),
+        (
+            (
+                *LENGTH,
+                "rollout.base_share=0.25",
+                "strategy.objective.weight.weight.epsilon_low=null",
+            ),
+            "objective.weight.weight.epsilon_low=null: what the policy has lost",
+        ),
         (("rollout.base_share=0.25", "rollout.overlap=true"), "0.25 with rollout.overlap=true"),
         (("rollout.base_share=0.25", "guard=min_p"), "0.25 with guard.min_p=0.05"),
         (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from powerflow_lit.config.rules import require
 from powerflow_lit.config.schema import TrainConfig
 
@@ -9,6 +12,15 @@ from powerflow_lit.config.schema import TrainConfig
 def is_policy_gradient(config: TrainConfig) -> bool:
     """Whether the strategy is an RL twin of a balance objective."""
     return str(config.strategy.objective.get("_target_", "")).endswith("PolicyGradientObjective")
+
+
+def _weight_of(config: TrainConfig) -> tuple[str, Mapping[str, Any]]:
+    """Key and settings of the objective's importance weight, also of one that another divides
+    (`PerToken`); empty where there is none."""
+    key, node = "strategy.objective.weight", config.strategy.objective.get("weight")
+    while isinstance(node, Mapping) and isinstance(node.get("weight"), Mapping):
+        key, node = f"{key}.weight", node["weight"]
+    return key, node if isinstance(node, Mapping) else {}
 
 
 def check_off_policy(config: TrainConfig) -> None:
@@ -48,10 +60,10 @@ def _check_base_share(config: TrainConfig) -> None:
         f"{given} with strategy={strategy.name}: it learns from the policy's own samples alone; "
         "those of another take a balance strategy without rewards, such as powerflow",
     )
-    weight = strategy.objective.get("weight") or {}
+    key, weight = _weight_of(config)
     require(
         weight.get("kind", "none") == "none" or weight.get("epsilon_low") is not None,
-        f"{given} with strategy.objective.weight.epsilon_low=null: what the policy has lost would "
+        f"{given} with {key}.epsilon_low=null: what the policy has lost would "
         "count for nothing, which base samples are to mend: give epsilon_low, e.g. 0.2",
     )
     require(

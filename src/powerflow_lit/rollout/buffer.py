@@ -57,10 +57,13 @@ class ReplayBuffer:
         """
         if refill <= self.refill:
             raise ValueError(f"refill {refill} after refill {self.refill}")
+        self._refills = {**self.held_beside(refill), refill: list(trajectories)}
         self.refill = refill
-        self._refills[refill] = list(trajectories)
-        for old in [r for r in self._refills if r < refill - self.max_staleness]:
-            del self._refills[old]
+
+    def held_beside(self, refill: int) -> dict[int, list[Trajectory]]:
+        """Of what is held, by refill, that which is not too stale once this one is added."""
+        oldest = refill - self.max_staleness
+        return {old: self._refills[old] for old in sorted(self._refills) if old >= oldest}
 
     @property
     def refills(self) -> dict[int, Sequence[Trajectory]]:
